@@ -1,0 +1,59 @@
+# Everything happens in one environment, .venv, made here from pyproject.toml.
+#   make lab         the course in JupyterLab          (make lab ARGS=--no-browser on a server; DEV=CL picks a device)
+#   make test        everything: lint, tests on the CPU and on OpenCL, every notebook   (.ci/run calls this)
+#   make test-fast   lint and the quick tests on the CPU, in at most three minutes
+#   make demo        generates text and prints its speed
+#   make clean       removes .venv and what tools left behind; your measurements stay
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.made
+MODEL ?= $(firstword $(wildcard data/*.gguf) tests/reference/ref-a-F32.gguf)
+PROMPT ?= def fibonacci(n):
+ARGS ?=
+PYTEST := python -m pytest
+NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 \
+    --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
+# The interpreter and its tools come from .venv, and so does clang where it was installed there.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: lab test test-fast demo lint clean env
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,6s/^#   //p' Makefile
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "minillama needs Python 3.11 or newer; this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] or 0)'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	@python -m minillama.devices --ensure
+	@touch $@
+
+lab: $(STAMP)
+	@dev=$${DEV:-$$(python -m minillama.devices --best)} && echo "The course runs on DEV=$$dev." && \
+	    DEV=$$dev python -m jupyterlab --notebook-dir=course $(ARGS)
+
+demo: $(STAMP)
+	@dev=$${DEV:-$$(python -m minillama.devices --best)} && \
+	    DEV=$$dev python -m minillama generate $(MODEL) -p "$(PROMPT)" -n 64 $(ARGS)
+
+lint: $(STAMP)
+	ruff check .
+
+test: $(STAMP) lint
+	DEV=CPU $(PYTEST)
+	DEV=CPU $(NBVAL)
+	@if python -m minillama.devices --works CL; then set -x; \
+	    DEV=CL $(PYTEST) -m "not host" && DEV=CL $(NBVAL); \
+	else echo "No OpenCL platform here: tested on the CPU only."; fi
+
+test-fast: $(STAMP) lint
+	DEV=CPU $(PYTEST) -m "not slow"
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""Gated attention: few key/value heads for many query heads, a partial rotary embedding, a gate on the output.
+
+Source: Ainslie et al. 2023 (grouped queries); Qiu et al. 2025, "Gated attention for large language models".
+"""
+from tinygrad import Tensor, UOp
+
+from minillama.config import ModelConfig
+from minillama.layers import linear, project, rms_norm, rope
+from minillama.weights import AttentionWeights
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
+    """Causal attention of tokens start.. over positions 0 .. start + tokens.
+
+    q (tokens, heads, dim); k, v (positions, kv_heads, dim) with positions = start + tokens; query head h reads KV head
+    h // (heads / kv_heads). Returns (tokens, heads, dim).
+    """
+    tokens, heads, dim = q.shape
+    positions, kv_heads, _ = k.shape
+    group = heads // kv_heads
+    q = q.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * tokens, dim)
+    scores = q @ k.permute(1, 2, 0) * dim ** -0.5                           # (kv_heads, group * tokens, positions)
+    if tokens > 1:
+        row = Tensor.arange(tokens).reshape(1, 1, tokens, 1) + start
+        seen = Tensor.arange(positions).reshape(1, 1, 1, positions) <= row
+        scores = seen.where(scores.reshape(kv_heads, group, tokens, positions), float("-inf"))
+        scores = scores.reshape(kv_heads, group * tokens, positions)
+    out = scores.softmax(-1) @ v.permute(1, 0, 2)                           # (kv_heads, group * tokens, dim)
+    return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
+
+
+def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor) -> tuple[Tensor, ...]:
+    """The projections of x (tokens, ..., hidden): q and gate (tokens, heads, dim), k and v (tokens, kv_heads, dim); q and k
+    normalised per head and rotated by `table` (tokens, 2, rope_dim // 2). A batch folds into the heads."""
+    tokens, c = x.shape[0], config
+    q, k, v = project(x, w.inputs, (2 * c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim))
+    q, gate = q.reshape(tokens, -1, 2 * c.head_dim).chunk(2, dim=-1)        # per head: [query | gate]
+    q = rope(rms_norm(q, w.q_norm, c.norm_eps), table)
+    k = rope(rms_norm(k.reshape(tokens, -1, c.head_dim), w.k_norm, c.norm_eps), table)
+    return q, gate, k, v.reshape(tokens, -1, c.head_dim)
+
+
+def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, start: int | UOp = 0,
+              cache=None) -> Tensor:
+    """One gated attention mixer. x (tokens, ..., hidden) at positions start..; `cache.write(k, v, start)` stores the new
+    rows and returns all rows so far; without a cache the sequence starts here. Returns (tokens, ..., hidden)."""
+    q, gate, k, v = keys_and_values(x, w, config, table)
+    if cache is not None:
+        k, v = cache.write(k, v, start)
+    out = attend(q, k, v, start) * gate.sigmoid()
+    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out)

@@ -1,0 +1,61 @@
+"""Mixture of experts: a router picks a few of many small networks for each token; one shared expert sees every token.
+
+Two forms of the routed part, `dense` (all experts for all tokens, most multiplied by 0) and `gathered` (only those picked,
+by index), take the same arguments and are equal. Source: Shazeer et al. 2017; llama.cpp #16095.
+"""
+from tinygrad import Tensor, dtypes
+
+from minillama.config import ModelConfig
+from minillama.layers import linear, project, swiglu
+from minillama.weights import ExpertWeights
+
+
+def route(x: Tensor, router: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick the `used` most probable experts. x (tokens, hidden), router (experts, hidden).
+
+    Returns ids (tokens, used) int32, most probable first; probs (tokens, used), summing to 1; and the softmax over all
+    experts (tokens, experts), which training balances. The k best are found by rank: expert i is at place #{j: p_j > p_i},
+    ties going to the smaller index. That is experts² comparisons a token, and no sort.
+    """
+    every = linear(x, router).softmax(-1).contiguous()                      # (tokens, experts)
+    experts = every.shape[-1]
+    index = Tensor.arange(experts)
+    mine, other = every.unsqueeze(-1), every.unsqueeze(-2)
+    ahead = (other > mine) | ((other == mine) & (index.reshape(1, experts) < index.reshape(experts, 1)))
+    rank = ahead.sum(axis=-1, dtype=dtypes.int32).contiguous()              # (tokens, experts)
+    at = rank.unsqueeze(1) == Tensor.arange(used).reshape(1, used, 1)     # (tokens, used, experts)
+    ids = at.where(index.cast(dtypes.int32), 0).sum(axis=-1).cast(dtypes.int32)
+    probs = at.where(every.unsqueeze(1), 0).sum(axis=-1)
+    return ids, probs / probs.sum(axis=-1, keepdim=True), every
+
+
+def dense(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
+    """Every expert for every token. x (tokens, hidden), ids and probs (tokens, used); returns (tokens, hidden)."""
+    experts = w.down.shape[0]
+    index = Tensor.arange(experts)
+    share = (ids.unsqueeze(-1) == index).where(probs.unsqueeze(-1), 0).sum(axis=1)        # (tokens, experts)
+    gate, up = (x @ weight.transpose(-1, -2) for weight in w.pair())        # (experts, tokens, width) each
+    y = swiglu(gate, up) * share.T.unsqueeze(-1)
+    return (y @ w.down.transpose(-1, -2)).sum(axis=0)                       # (tokens, hidden)
+
+
+def gathered(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
+    """Only the experts that were picked, by index. Arguments and result as `dense`."""
+    rows = x.reshape(x.shape[0], 1, 1, x.shape[1])                          # (tokens, 1, 1, hidden)
+    gate, up = ((rows * weight[ids]).sum(-1) for weight in w.pair())        # (tokens, used, width) each
+    y = (swiglu(gate, up) * probs.unsqueeze(-1)).contiguous()
+    return (y.unsqueeze(2) * w.down[ids]).sum(-1).sum(1)                    # (tokens, hidden)
+
+
+def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed experts plus the gated shared expert. x (..., hidden); `routed` is one of the forms above.
+
+    Returns y (..., hidden), and for training the router's softmax (tokens, experts) and choice (tokens, used).
+    """
+    rows = x.reshape(-1, config.hidden)                                     # (tokens, hidden)
+    ids, probs, every = route(rows, w.router, config.experts_used)
+    y = routed(rows, w, ids, probs)
+    gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
+    shared = linear(swiglu(gate, up), w.shared_down)
+    y = y + shared * (rows * w.shared_gate).sum(axis=-1, keepdim=True).sigmoid()
+    return y.reshape(x.shape), every, ids

@@ -1,0 +1,70 @@
+"""A recipe: one choice per decision the course discusses, by name. Every optimization is one field."""
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from minillama import delta_net, experts
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "delta": ("recurrent", "chunked"),
+    "experts": ("dense", "gathered"),
+    "capture": ("eager", "jit"),
+    "logits": ("all", "last"),
+    "projections": ("separate", "fused"),
+}
+FORMS: dict[str, dict[str, Callable]] = {
+    "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked},
+    "experts": {"dense": experts.dense, "gathered": experts.gathered},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the engine computes. A field is a name out of CHOICES; `delta` and `experts` may be functions of your own, with
+    the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one."""
+    delta: str | Callable = "chunked"
+    experts: str | Callable = "gathered"
+    capture: str = "jit"
+    logits: str = "last"
+    projections: str = "fused"
+
+    def __post_init__(self):
+        for field in fields(self):
+            self.form(field.name) if field.name in FORMS else self._check(field.name)
+
+    def _check(self, name: str) -> None:
+        value = getattr(self, name)
+        if value not in CHOICES[name]:
+            raise ValueError(f"recipe: {name} is one of {', '.join(CHOICES[name])}, not {value!r}")
+
+    def form(self, name: str) -> Callable:
+        """The function behind `delta` or `experts`."""
+        value = getattr(self, name)
+        if callable(value):
+            return value
+        if isinstance(value, str) and ":" in value:
+            module, _, attribute = value.partition(":")
+            try:
+                return getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError) as error:
+                raise ValueError(f"recipe: {name}={value!r} cannot be imported: {error}") from error
+        self._check(name)
+        return FORMS[name][value]
+
+    def names(self) -> dict[str, str]:
+        """The fields as JSON holds them: a function is stored as "module:name"."""
+        def name(value) -> str:
+            return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+        return {field.name: name(getattr(self, field.name)) for field in fields(self)}
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Read "field=value,field=value"; the rest keeps its default."""
+        changes = {}
+        known = [field.name for field in fields(cls)]
+        for part in filter(None, text.split(",")):
+            name, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or name not in known:
+                raise ValueError(f"recipe: {part!r} is not field=value with a field of {', '.join(known)}")
+            changes[name] = value
+        return replace(cls(), **changes)

@@ -1,0 +1,96 @@
+"""What the model remembers of a text: keys and values of the attention layers, windows and memories of the delta nets.
+
+All of it lives on the device and is written in place, inside the graph of the step that computes it.
+"""
+from dataclasses import dataclass
+
+from tinygrad import Tensor, UOp, dtypes
+
+from minillama.config import ModelConfig
+
+
+def stored(buffer: Tensor, values: Tensor, rows: slice | None = None) -> Tensor:
+    """The buffer after `values` were written into it (or into a slice of its rows), as part of the graph being built.
+
+    The scheduler lets all reads of the old contents finish first: that needs the write to be named as this buffer's.
+    """
+    target = buffer if rows is None else buffer[rows]
+    return Tensor(buffer.uop.after(target.uop.store(values.cast(buffer.dtype).uop)))
+
+
+def after(x: Tensor, *writes: Tensor) -> Tensor:
+    """x in a buffer of its own, which whoever reads it gets only when the `writes` (results of `stored`) have happened.
+
+    The kernel that fills the buffer waits for the writes. `x.contiguous().uop.after(write)` looks the same but is not: the
+    scheduler then orders the reader behind neither (tinygrad 0.14).
+    """
+    fresh = Tensor.invalids(*x.shape, dtype=x.dtype, device=x.device).uop
+    return Tensor(fresh.after(fresh.src[0].store(x.uop), *(write.uop for write in writes)))
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one attention layer, (positions, kv_heads, head_dim) each.
+
+    Rows past the text may hold leftovers of padded or rejected tokens: the causal mask hides them until they are overwritten.
+    """
+    keys: Tensor
+    values: Tensor
+
+    def write(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
+        """Store rows k, v (tokens, kv_heads, head_dim) at positions start.. and return all rows up to their end."""
+        end = start + k.shape[0]
+        keys = stored(self.keys, k, slice(start, end))
+        values = stored(self.values, v, slice(start, end))
+        return keys[:end].float(), values[:end].float()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class DeltaState:
+    """One Gated DeltaNet layer: the convolution's last inputs (conv_width - 1, conv_channels) and the memory
+    (v_heads, state_dim, state_dim), rows being key dimensions. Its size does not depend on the text's length."""
+    window: Tensor
+    memory: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.window, self.memory
+
+
+@dataclass(frozen=True)
+class State:
+    """The whole model's state for one text of up to `positions` tokens (context plus one batch: a padded batch overruns)."""
+    layers: tuple[KVCache | DeltaState, ...]
+    mtp: KVCache | None
+    positions: int
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, positions: int, device: str | None = None) -> "State":
+        def buffer(*shape: int) -> Tensor:
+            return Tensor.zeros(*shape, dtype=dtypes.float32, device=device).contiguous().realize()
+
+        def cache() -> KVCache:
+            shape = positions, config.kv_heads, config.head_dim
+            return KVCache(buffer(*shape), buffer(*shape))
+
+        def delta() -> DeltaState:
+            return DeltaState(buffer(config.conv_width - 1, config.conv_channels),
+                              buffer(config.v_heads, config.state_dim, config.state_dim))
+        layers = tuple(delta() if recurrent else cache() for recurrent in config.recurrent)
+        return cls(layers, cache() if config.mtp_blocks else None, positions)
+
+    def tensors(self) -> list[Tensor]:
+        parts = [*self.layers, *([self.mtp] if self.mtp else [])]
+        return [tensor for part in parts for tensor in part.tensors()]
+
+    def clear(self) -> None:
+        """Forget the text. Only the delta nets' state must be zeroed; stale keys are never seen."""
+        for layer in self.layers:
+            if isinstance(layer, DeltaState):
+                Tensor.realize(*(t.assign(Tensor.zeros(*t.shape, device=t.device)) for t in layer.tensors()))
+
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(tensor.nbytes() for tensor in self.tensors())

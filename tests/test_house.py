@@ -1,0 +1,81 @@
+"""The house: small, readable, and honest about itself."""
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.host
+
+ROOT = Path(__file__).parent.parent
+MEGABYTES = 48
+LINES, COLUMNS = 350, 120
+ENGINE_LINES = 4000
+
+
+def ours() -> list[Path]:
+    """The project's files: what git tracks or would track; without git, what lies outside environments and caches."""
+    try:
+        names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                               capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*")]
+    skipped = re.compile(r"(^|/)(\.venv|\.git|__pycache__|\.\w+_cache|[^/]*\.egg-info|\.hypothesis|local)/")
+    return [ROOT / name for name in names if name and not skipped.search(name) and (ROOT / name).is_file()]
+
+
+def python() -> list[Path]:
+    return [path for path in ours() if path.suffix == ".py"]
+
+
+def test_the_project_stays_small_enough_to_clone_and_to_carry():
+    sizes = {path: path.stat().st_size for path in ours()}
+    largest = sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    total = sum(sizes.values())
+    assert total < MEGABYTES * 1e6, f"{total} bytes; the largest: {[(str(p), s) for p, s in largest]}"
+
+
+def test_files_are_one_idea_long_and_lines_fit_a_screen():
+    for path in python():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert len(lines) <= LINES, f"{path.relative_to(ROOT)} has {len(lines)} lines"
+        wide = [number for number, line in enumerate(lines, 1) if len(line) >= COLUMNS]
+        assert not wide, f"{path.relative_to(ROOT)}: lines {wide} have {COLUMNS} characters or more"
+
+
+def test_the_engine_can_be_read_in_an_evening():
+    total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in python()
+                if path.is_relative_to(ROOT / "minillama"))
+    assert total <= ENGINE_LINES, f"{total} lines"
+
+
+def test_every_module_says_what_it_is():
+    for path in python():
+        text = path.read_text(encoding="utf-8")
+        said = not text.strip() or text.lstrip().startswith(('"""', 'r"""'))
+        assert said, f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_the_readme_names_the_two_commands_and_its_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for command in ("lab", "test"):
+        assert f"make {command}" in readme and command in targets
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "course" / "README.md"]:
+        for link in re.findall(r"\]\(([^)#\s]+)\)", document.read_text(encoding="utf-8")):
+            assert "://" in link or (document.parent / link).exists(), f"{document.name}: {link} leads nowhere"
+
+
+def test_tinygrad_is_pinned_and_the_command_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "tinygrad==0.14.0" in project["dependencies"]
+    assert project["scripts"]["minillama"] == "minillama.cli:main"
+
+
+def test_nothing_in_the_project_leans_on_the_machine_it_was_made_on():
+    for path in ours():
+        if path.suffix in {".py", ".md", ".toml", ".ipynb", ".cfg"} or path.name == "Makefile":
+            text = path.read_text(encoding="utf-8")
+            found = re.findall(r"/work/\w+|/root/\w+|/home/\w+", text) if path != Path(__file__) else []
+            assert not found, f"{path.relative_to(ROOT)}: {found}"
