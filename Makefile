@@ -45,11 +45,10 @@ lint: $(STAMP)
 	ruff check .
 
 test: $(STAMP) lint
+	@python -m minillama.devices --works CL || echo "No OpenCL platform here: testing on the CPU only."
 	DEV=CPU $(PYTEST)
 	DEV=CPU $(NBVAL)
-	@if python -m minillama.devices --works CL; then set -x; \
-	    DEV=CL $(PYTEST) -m "not host" && DEV=CL $(NBVAL); \
-	else echo "No OpenCL platform here: tested on the CPU only."; fi
+	@if python -m minillama.devices --works CL; then set -x; DEV=CL $(PYTEST) -m "not host" && DEV=CL $(NBVAL); fi
 
 test-fast: $(STAMP) lint
 	DEV=CPU $(PYTEST) -m "not slow"

@@ -30,8 +30,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
 
 
 def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor) -> tuple[Tensor, ...]:
-    """The projections of x (tokens, ..., hidden): q and gate (tokens, heads, dim), k and v (tokens, kv_heads, dim); q and k
-    normalised per head and rotated by `table` (tokens, 2, rope_dim // 2). A batch folds into the heads."""
+    """The projections of x (tokens, ..., hidden): q, gate (tokens, heads, dim) and k, v (tokens, kv_heads, dim).
+
+    q and k are normalised per head and rotated by `table` (tokens, 2, rope_dim // 2). A batch folds into the heads.
+    """
     tokens, c = x.shape[0], config
     q, k, v = project(x, w.inputs, (2 * c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim))
     q, gate = q.reshape(tokens, -1, 2 * c.head_dim).chunk(2, dim=-1)        # per head: [query | gate]
@@ -42,8 +44,10 @@ def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: 
 
 def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, start: int | UOp = 0,
               cache=None) -> Tensor:
-    """One gated attention mixer. x (tokens, ..., hidden) at positions start..; `cache.write(k, v, start)` stores the new
-    rows and returns all rows so far; without a cache the sequence starts here. Returns (tokens, ..., hidden)."""
+    """One gated attention mixer. x (tokens, ..., hidden) at positions start..; returns the same shape.
+
+    `cache.write(k, v, start)` stores the new rows and returns all rows so far; without a cache the text starts here.
+    """
     q, gate, k, v = keys_and_values(x, w, config, table)
     if cache is not None:
         k, v = cache.write(k, v, start)

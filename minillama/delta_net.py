@@ -1,7 +1,7 @@
 """Gated DeltaNet: a causal convolution, then a memory matrix that decays, reads and overwrites.
 
-Two forms of the gated delta rule stand here, `recurrent` (a loop over tokens) and `chunked` (a loop over chunks of 64);
-they take the same arguments and are equal. Axis 0 is always the tokens; a batch of sequences folds into the heads.
+Two forms of the gated delta rule stand here, `recurrent` (a loop over tokens) and `chunked` (a loop over chunks of
+64); they take the same arguments and are equal. Axis 0 is the tokens; a batch of sequences folds into the heads.
 Source: Yang, Kautz & Hatamizadeh 2024, "Gated Delta Networks"; llama.cpp #16095, #19375.
 """
 from tinygrad import Tensor
@@ -14,7 +14,7 @@ CHUNK = 64
 
 
 def share_heads(x: Tensor, heads: int) -> Tensor:
-    """Let neighbouring heads share one: (tokens, k_heads, dim) -> (tokens, heads, dim); head j reads j // (heads/k_heads)."""
+    """Neighbouring heads share one: (tokens, k_heads, dim) -> (tokens, heads, dim); j reads j // (heads / k_heads)."""
     tokens, k_heads, dim = x.shape
     return x.unsqueeze(2).expand(tokens, k_heads, heads // k_heads, dim).reshape(tokens, heads, dim)
 
@@ -106,15 +106,15 @@ def causal_conv(past: Tensor, weight: Tensor) -> Tensor:
 
 def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window: Tensor, state: Tensor,
               valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """One Gated DeltaNet mixer. x (tokens, ..., hidden); window (width - 1, ..., channels) and state (v_heads, dim, dim)
-    from before x; `delta` is one form of the rule. `valid` (tokens,) is 0 for padding, which must not write.
+    """One Gated DeltaNet mixer. x (tokens, ..., hidden); `delta` is one form of the rule.
 
-    Returns out (tokens, ..., hidden), past (width - 1 + tokens, ..., channels): all inputs of the convolution, of which
-    the caller keeps the last; and the new state.
+    window (width - 1, ..., channels) and state (v_heads, dim, dim) are from before x; `valid` (tokens,) is 0 for
+    padding, which must not write. Returns out (tokens, ..., hidden); past (width - 1 + tokens, ..., channels), all
+    inputs of the convolution, of which the caller keeps the last; and the new state.
     """
     tokens, c = x.shape[0], config
     channels, z, b, a = project(x, w.inputs, (c.conv_channels, c.value_width, c.v_heads, c.v_heads))
-    past = window.cat(channels, dim=0).contiguous()                         # one kernel reads the window, before its update
+    past = window.cat(channels, dim=0).contiguous()                         # the window is read before its update
     qkv = causal_conv(past, w.conv)
     q, k, v = (part.reshape(tokens, -1, c.state_dim)
                for part in qkv.split([c.key_width, c.key_width, c.value_width], dim=-1))

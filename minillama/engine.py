@@ -31,8 +31,9 @@ class ContextError(ValueError):
 class Engine:
     """One model, one recipe and the state of one text, which `feed` and `generate` lengthen and `clear` forgets."""
 
-    def __init__(self, weights: ModelWeights, config: ModelConfig, recipe: Recipe = Recipe(), *, context: int = CONTEXT,
-                 tokenizer: Tokenizer | None = None, device: str | None = None, batches: tuple[int, ...] = BATCHES):
+    def __init__(self, weights: ModelWeights, config: ModelConfig, recipe: Recipe = Recipe(), *,
+                 context: int = CONTEXT, tokenizer: Tokenizer | None = None, device: str | None = None,
+                 batches: tuple[int, ...] = BATCHES):
         self.weights, self.config, self.recipe, self.tokenizer = weights, config, recipe, tokenizer
         self.context, self.device, self.batches = min(context, config.context), device, batches
         positions = self.context + max(batches)     # a padded last batch may overrun the context
@@ -97,7 +98,7 @@ class Engine:
         return logits.contiguous()
 
     def step(self, kind: str, ids: Tensor, start: int, valid: int, *more: Tensor) -> Tensor:
-        """Run a batch through the step of that kind and size; the first call captures it. A size of one has no padding."""
+        """Run a batch through the step of that kind and size; the first call captures it. Size one has no padding."""
         size = ids.shape[0]
         key = kind, size
         if key not in self.steps:

@@ -1,7 +1,7 @@
 """Mixture of experts: a router picks a few of many small networks for each token; one shared expert sees every token.
 
-Two forms of the routed part, `dense` (all experts for all tokens, most multiplied by 0) and `gathered` (only those picked,
-by index), take the same arguments and are equal. Source: Shazeer et al. 2017; llama.cpp #16095.
+Two forms of the routed part, `dense` (all experts for all tokens, most multiplied by 0) and `gathered` (only those
+picked, by index), take the same arguments and are equal. Source: Shazeer et al. 2017; llama.cpp #16095.
 """
 from tinygrad import Tensor, dtypes
 
@@ -14,8 +14,8 @@ def route(x: Tensor, router: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]
     """Pick the `used` most probable experts. x (tokens, hidden), router (experts, hidden).
 
     Returns ids (tokens, used) int32, most probable first; probs (tokens, used), summing to 1; and the softmax over all
-    experts (tokens, experts), which training balances. The k best are found by rank: expert i is at place #{j: p_j > p_i},
-    ties going to the smaller index. That is experts² comparisons a token, and no sort.
+    experts (tokens, experts), which training balances. The best are found by rank: expert i is at place
+    #{j: p_j > p_i}, ties going to the smaller index. That is experts² comparisons a token, and no sort.
     """
     every = linear(x, router).softmax(-1).contiguous()                      # (tokens, experts)
     experts = every.shape[-1]
@@ -34,9 +34,9 @@ def dense(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
     experts = w.down.shape[0]
     index = Tensor.arange(experts)
     share = (ids.unsqueeze(-1) == index).where(probs.unsqueeze(-1), 0).sum(axis=1)        # (tokens, experts)
-    gate, up = (x @ weight.transpose(-1, -2) for weight in w.pair())        # (experts, tokens, width) each
+    gate, up = (linear(x, weight) for weight in w.pair())        # (experts, tokens, width) each
     y = swiglu(gate, up) * share.T.unsqueeze(-1)
-    return (y @ w.down.transpose(-1, -2)).sum(axis=0)                       # (tokens, hidden)
+    return linear(y, w.down).sum(axis=0)                                    # (tokens, hidden)
 
 
 def gathered(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:

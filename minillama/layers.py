@@ -3,7 +3,7 @@
 Everything here works on the last dimension alone, whatever stands before it: (tokens, hidden) when serving,
 (tokens, batch, hidden) when training.
 """
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,8 +21,11 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., columns) times weight (rows, columns) transposed: (..., rows)."""
-    return x @ weight.T
+    """x (..., columns) times weight (..., rows, columns) transposed: (..., rows), float32.
+
+    A 16-bit weight (training on a GPU) rounds x to its own format for the product; sums stay float32.
+    """
+    return x.cast(weight.dtype).matmul(weight.transpose(-1, -2), dtype=dtypes.float32)
 
 
 def project(x: Tensor, weights: tuple[Tensor, ...], widths: tuple[int, ...]) -> list[Tensor]:

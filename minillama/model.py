@@ -12,8 +12,8 @@ from minillama.state import DeltaState, KVCache, State, after, stored
 from minillama.weights import DeltaNetWeights, LayerWeights, ModelWeights
 
 
-def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | KVCache, table: Tensor,
-        start: int | UOp, valid: int | UOp | None) -> Tensor:
+def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | KVCache,
+        table: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
     """A layer's mixer on normed x (tokens, hidden), reading and writing that layer's state."""
     if not isinstance(w.mixer, DeltaNetWeights):
         return attention(x, w.mixer, config, table, start, part)
@@ -26,7 +26,7 @@ def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: D
 
 def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | KVCache,
               table: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
-    """One layer with its state, scheduled once per kind of layer however many there are. x, result (tokens, hidden)."""
+    """One layer with its state, scheduled once per kind however many there are. x and result (tokens, hidden)."""
     @function(precompile=True, allow_implicit=True)
     def layer(x: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
         h = x + mix(rms_norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, start, valid)
@@ -53,6 +53,6 @@ def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, s
 
 def forward_mtp(ids: Tensor, hidden: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State,
                 table: Tensor, start: int | UOp = 0) -> Tensor:
-    """The MTP block's normed output (tokens, hidden); ids (tokens,) are one position ahead of hidden (tokens, hidden)."""
+    """The MTP block's normed output (tokens, hidden); ids (tokens,) are one position ahead of hidden."""
     rows = table[start:start + ids.shape[0]]
     return mtp_block(ids, hidden, w.mtp, config, recipe.form("experts"), rows, start, state.mtp)[0]

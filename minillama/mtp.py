@@ -1,7 +1,7 @@
 """The multi-token-prediction block: one extra layer that guesses the token after next.
 
-At position p it reads the embedding of token p + 1 and the model's hidden state of position p, taken after the last norm
-(#23198 passed the state before that norm and acceptance fell; #24025 put it right), and the model's own head turns its
+At position p it reads the embedding of token p + 1 and the model's hidden state of position p, taken after the last
+norm (#23198 passed the state before that norm and acceptance fell; #24025 put it right). The model's head turns its
 output into logits for token p + 2. Source: DeepSeek-V3 report, section 2.2; llama.cpp #22673.
 """
 from tinygrad import Tensor, UOp
@@ -22,9 +22,11 @@ def mtp_input(ids: Tensor, hidden: Tensor, w: MTPWeights, config: ModelConfig) -
 
 def mtp_block(ids: Tensor, hidden: Tensor, w: MTPWeights, config: ModelConfig, routed, table: Tensor,
               start: int | UOp = 0, cache=None) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's normed output (tokens, ..., hidden): `linear(output, w.head)` are its logits, and the output takes the
-    hidden state's place when the block drafts one token more. Arguments as `mtp_input` and `attention`. Also returns the
-    router's softmax and choice, as `experts_layer` does."""
+    """The block's normed output (tokens, ..., hidden), then the router's softmax and choice as `experts_layer` does.
+
+    `linear(output, w.head)` are its logits; when the block drafts one token more, its output takes the hidden state's
+    place. Arguments as `mtp_input` and `attention`.
+    """
     x = mtp_input(ids, hidden, w, config)
     layer = w.layer
     x = x + attention(rms_norm(x, layer.norm, config.norm_eps), layer.mixer, config, table, start, cache)

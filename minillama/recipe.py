@@ -20,8 +20,11 @@ FORMS: dict[str, dict[str, Callable]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the engine computes. A field is a name out of CHOICES; `delta` and `experts` may be functions of your own, with
-    the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one."""
+    """How the engine computes. A field is a name out of CHOICES.
+
+    `delta` and `experts` may be functions of your own, with the signatures of `delta_net.recurrent` and
+    `experts.dense`, or "module:name" of one.
+    """
     delta: str | Callable = "chunked"
     experts: str | Callable = "gathered"
     capture: str = "jit"

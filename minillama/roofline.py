@@ -7,6 +7,7 @@ S. Williams, A. Waterman, D. Patterson: Roofline, an insightful visual performan
 `DEV=CPU python -m minillama.roofline` measures and keeps the result; `--store` keeps it among the project's own.
 """
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from tinygrad import Device, Tensor, TinyJit, dtypes
@@ -45,15 +46,20 @@ class Roofline:
         return min(self.speed, intensity * self.bandwidth)
 
 
+def fastest(call: Callable, *args, repeats: int = 5) -> float:
+    """Seconds of the fastest of several calls: noise only ever slows."""
+    return min(time_call(call, *args, repeats=repeats).samples_ns) * 1e-9
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read plus written, of a copy too large for any cache."""
     best, size = 0.0, 128 * MIB
     while True:
         source = Tensor.ones(size // 4).contiguous().realize()      # (values,) float32
         copy = TinyJit(lambda x: x.clone().realize())
-        fastest = min(time_call(copy, source, repeats=5).samples_ns) * 1e-9
-        best, size = max(best, 2 * size / fastest), 2 * size
-        if fastest > 1e-3 or size > 1024 * MIB:
+        seconds = fastest(copy, source)
+        best, size = max(best, 2 * size / seconds), 2 * size
+        if seconds > 1e-3 or size > 1024 * MIB:
             return best
 
 
@@ -63,9 +69,9 @@ def product_speed(dtype: DType = dtypes.float32) -> float:
     while True:
         x, w = (Tensor.ones(size, size, dtype=dtype).contiguous().realize() for _ in range(2))
         product = TinyJit(lambda x, w: (x @ w.T).realize())
-        fastest = min(time_call(product, x, w, repeats=5).samples_ns) * 1e-9
-        best, size = max(best, 2 * size**3 / fastest), 2 * size
-        if fastest > 20e-3 or size > 8192:
+        seconds = fastest(product, x, w)
+        best, size = max(best, 2 * size**3 / seconds), 2 * size
+        if seconds > 20e-3 or size > 8192:
             return best
 
 
@@ -77,17 +83,17 @@ def launch_cost() -> float:
         return x.realize()
 
     x, replay = Tensor.zeros(16).contiguous().realize(), TinyJit(chain)
-    return time_call(replay, x).seconds / CHAIN
+    return fastest(replay, x, repeats=20) / CHAIN
 
 
 def eager_cost() -> float:
     """Seconds for one tiny kernel when Python builds its graph anew at every call."""
     x = Tensor.zeros(16).contiguous().realize()
-    return time_call(lambda: (x + 1).realize(), repeats=50).seconds
+    return fastest(lambda: (x + 1).realize(), repeats=50)
 
 
 def measure_roofline() -> Roofline:
-    """Measure the default device, in a few seconds (the fastest sample counts: noise only ever slows)."""
+    """Measure the default device, in a few seconds."""
     device = Device.DEFAULT
     half = product_speed(dtypes.float16) if device.split(":")[0] in ("CUDA", "METAL") else 0.0
     roof = Roofline(device, copy_bandwidth(), product_speed(), half, launch_cost(), eager_cost())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+COLDEST = 1e-6      # below this temperature, logits divided by it overflow float32; the likeliest token wins anyway
 DIGIT_BITS = 4      # a threshold is a 32-bit pattern, found 4 bits at a time: 8 reductions over the vocabulary
 
 
@@ -29,7 +30,7 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < COLDEST
 
     def draws(self, count: int, start: int = 0) -> np.ndarray:
         """Uniform numbers for the tokens at positions start.. of a text, (count,) float32: one stream per seed."""
@@ -59,7 +60,7 @@ def threshold(probs: Tensor, weight: Tensor, goal: Tensor) -> Tensor:
 
 
 def cut(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Probabilities (vocab,) after temperature, then top-k, then top-p, summing to 1. The settings are float32 tensors (1,).
+    """Probabilities (vocab,) after temperature, then top-k, then top-p, summing to 1; settings are float32 (1,).
 
     Ties with the last entry kept are kept too. Source: Holtzman et al. 2019 (top-p).
     """
@@ -73,8 +74,9 @@ def cut(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Te
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The id at which the cumulative distribution passes `uniform` (1,) in [0, 1). probs (vocab,); returns (1,) int32."""
+    """The id where the cumulative distribution passes `uniform` (1,) in [0, 1). probs (vocab,); returns (1,) int32."""
     total = probs.cumsum().contiguous()
-    passed = (total <= uniform * total[-1]).sum(dtype=dtypes.int32)         # ids whose share ends before the draw
-    last = (probs > 0).where(Tensor.arange(probs.shape[0]), 0).max()
-    return passed.minimum(last).reshape(1).cast(dtypes.int32)
+    ids = Tensor.arange(probs.shape[0])
+    last = (probs > 0).where(ids, 0).max()
+    reached = (total > uniform * total[-1]) * (probs > 0)       # rounding must not choose what was cut
+    return reached.where(ids, last).min().reshape(1).cast(dtypes.int32)

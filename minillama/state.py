@@ -19,10 +19,10 @@ def stored(buffer: Tensor, values: Tensor, rows: slice | None = None) -> Tensor:
 
 
 def after(x: Tensor, *writes: Tensor) -> Tensor:
-    """x in a buffer of its own, which whoever reads it gets only when the `writes` (results of `stored`) have happened.
+    """x in a buffer of its own, whose readers find that the `writes` (results of `stored`) have happened.
 
-    The kernel that fills the buffer waits for the writes. `x.contiguous().uop.after(write)` looks the same but is not: the
-    scheduler then orders the reader behind neither (tinygrad 0.14).
+    The kernel that fills the buffer waits for the writes. `x.contiguous().uop.after(write)` looks the same but is not:
+    the scheduler then orders the reader behind neither (tinygrad 0.14).
     """
     fresh = Tensor.invalids(*x.shape, dtype=x.dtype, device=x.device).uop
     return Tensor(fresh.after(fresh.src[0].store(x.uop), *(write.uop for write in writes)))
@@ -32,7 +32,8 @@ def after(x: Tensor, *writes: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of one attention layer, (positions, kv_heads, head_dim) each.
 
-    Rows past the text may hold leftovers of padded or rejected tokens: the causal mask hides them until they are overwritten.
+    Rows past the text may hold leftovers of padded or rejected tokens: the causal mask hides them until they are
+    overwritten.
     """
     keys: Tensor
     values: Tensor
@@ -61,7 +62,7 @@ class DeltaState:
 
 @dataclass(frozen=True)
 class State:
-    """The whole model's state for one text of up to `positions` tokens (context plus one batch: a padded batch overruns)."""
+    """The state of the whole model for one text of up to `positions` tokens: the context and one padded batch."""
     layers: tuple[KVCache | DeltaState, ...]
     mtp: KVCache | None
     positions: int

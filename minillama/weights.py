@@ -4,7 +4,7 @@ Rows are put into the order in which the engine reads them here, once, so that n
 (llama.cpp #18683 moved the same work from its graph into the conversion).
 """
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from tinygrad import Tensor
@@ -26,7 +26,7 @@ class DeltaNetWeights:
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """A gated attention mixer. `inputs`: rows of q (per head [query|gate]), k, v, as three weights or stacked as one."""
+    """A gated attention mixer. `inputs`: rows of q (per head [query|gate]), k, v, as three weights or one."""
     inputs: tuple[Tensor, ...]      # (2 * heads * head_dim, hidden), (kv_heads * head_dim, hidden) twice
     q_norm: Tensor                  # (head_dim,)
     k_norm: Tensor                  # (head_dim,)
@@ -35,7 +35,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """A router, its experts and the shared expert. `gate_up` and `shared_inputs`: two weights each, or stacked as one."""
+    """A router, its experts and the shared expert. `gate_up` and `shared_inputs`: two weights each, or one."""
     router: Tensor                  # (experts, hidden)
     gate_up: tuple[Tensor, ...]     # (experts, expert_width, hidden) twice, or (experts, 2 * expert_width, hidden)
     down: Tensor                    # (experts, hidden, expert_width)
@@ -59,7 +59,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class MTPWeights:
-    """The multi-token-prediction block: two norms and a projection in front of one attention layer, a norm behind it."""
+    """The multi-token-prediction block: two norms and a projection, then one attention layer, then a norm."""
     embed_norm: Tensor              # (hidden,)
     hidden_norm: Tensor             # (hidden,)
     project: Tensor                 # (hidden, 2 * hidden): reads [embedding | hidden state]
@@ -140,12 +140,24 @@ class Loader:
 
 
 def split_fused_input(rows: np.ndarray, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Older files hold one `ssm_in`, rows grouped per k-head as [q | k | v v | z z]: return rows of [q|k|v] and of z."""
+    """Older files hold one `ssm_in`, rows grouped per k-head as [q | k | v v | z z]: returns [q|k|v] and z."""
     c, dim, shared = config, config.state_dim, config.v_heads // config.k_heads
     grouped = rows.reshape(c.k_heads, (2 + 2 * shared) * dim, -1)
     q, k, v, z = (part.reshape(-1, rows.shape[-1])
                   for part in np.split(grouped, [dim, 2 * dim, (2 + shared) * dim], axis=1))
     return np.concatenate([q, k, v]), z
+
+
+def overwrite(old: object, new: object) -> None:
+    """Put the values of one record of weights into the tensors of another of the same shapes: captured steps go on."""
+    if isinstance(old, Tensor):
+        old.assign(new).realize()
+    elif isinstance(old, tuple):
+        for mine, theirs in zip(old, new, strict=True):
+            overwrite(mine, theirs)
+    elif old is not None:
+        for field in fields(old):
+            overwrite(getattr(old, field.name), getattr(new, field.name))
 
 
 def load_weights(file: GGUF, config: ModelConfig, fused: bool = False, device: str | None = None,
