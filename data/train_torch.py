@@ -1,17 +1,18 @@
 """Trains the shipped model with PyTorch on one GPU: the recipe behind `data/*.gguf`.
 
     python data/train_torch.py --corpus build/corpus --out /tmp/run --minutes 24     # train; parts and log in --out
-    python data/train_torch.py --corpus build/corpus --trial                          # tokens a second of variants
+    python data/train_torch.py --corpus build/corpus --trial                      # tokens a second of variants
     python data/train_torch.py --import-parts DIR --gguf OUT.gguf                     # parts -> GGUF; needs no torch
 
-The maths is the engine's (`minillama/model.py`), for a batch of sequences, with the weights under their names in the GGUF
-file; only ssm_a = -exp(A_log) is trained as A_log. Mixed precision: matrix products in bfloat16; the residual stream, norms,
-router, softmax, decays and the delta rule's algebra in float32 (products in TF32, the triangular inverse in float32 proper).
+The maths is the engine's (`minillama/model.py`), for a batch of sequences, with the weights under their names in the
+GGUF file; only ssm_a = -exp(A_log) is trained as A_log. Mixed precision: matrix products in bfloat16; the residual
+stream, norms, router, softmax, decays and the delta rule's algebra in float32 (products in TF32, the triangular
+inverse in float32 proper).
 
-Loss: next token + MTP (the token after; then one further, the block fed with its own output and attending to the keys of
-its first pass, as in drafting) + load balancing. The MTP targets are half the text's, half the trunk's own distribution,
-since a draft is accepted where it agrees with the trunk. Optimizer: Muon for matrices, Adam for the rest. The
-learning rate follows the wall clock, so that training ends annealed whatever the speed.
+Loss: next token + MTP (the token after; then one further, the block fed with its own output and attending to the
+keys of its first pass, as in drafting) + load balancing. The MTP targets are half the text's, half the trunk's own
+distribution, since a draft is accepted where it agrees with the trunk. Optimizer: Muon for matrices, Adam for the
+rest. The learning rate follows the wall clock, so that training ends annealed whatever the speed.
 """
 import argparse
 import json
@@ -175,6 +176,10 @@ def in_file_form(weights: dict) -> dict[str, np.ndarray]:
 
 # ---- layers: x is (batch, tokens, hidden) -------------------------------------------------------------------------
 
+def embedding(ids, table):
+    return F.embedding(ids, table)
+
+
 def rms(x, weight):
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
@@ -267,7 +272,7 @@ def gated_output(out, gate, w):
 
 
 def attention_layer(x, w, table, mask, routed):
-    """x (batch, tokens, hidden) float32; mask (2, batch, tokens, hidden) of dropout. Also returns the balancing loss."""
+    """x (batch, tokens, hidden) float32; mask (2, batch, tokens, hidden): dropout. Also returns the balancing loss."""
     q, k, v, gate = projections(rms(x, w["attn_norm"]), w, table)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     x = x + gated_output(out, gate, w) * mask[0]
@@ -289,7 +294,7 @@ def delta_layer(x, w, mask, routed):
     normed = rms(x, w["attn_norm"])
     channels, z = linear(normed, torch.cat([w["attn_qkv"], w["attn_gate"]])).float().split(
         [2 * KEY + VALUE, VALUE], dim=-1)
-    ba = F.linear(normed, w["ssm_ba"]).reshape(batch, tokens, K_HEADS, 2, V_HEADS // K_HEADS)    # per k-head [b b | a a]
+    ba = F.linear(normed, w["ssm_ba"]).reshape(batch, tokens, K_HEADS, 2, V_HEADS // K_HEADS)    # k-head [b b | a a]
     b, a = ba[:, :, :, 0].reshape(batch, tokens, V_HEADS), ba[:, :, :, 1].reshape(batch, tokens, V_HEADS)
     past = F.pad(channels, (0, 0, CONV - 1, 0))
     qkv = F.silu(sum(past[:, i:i + tokens] * w["ssm_conv1d"][:, i] for i in range(CONV)))
@@ -303,7 +308,7 @@ def delta_layer(x, w, mask, routed):
 
 
 def gated_delta_rule(q, k, v, g, beta):
-    """The chunked form, float32; q, k (batch, tokens, k_heads, dim), v with v_heads, g and beta (batch, tokens, v_heads).
+    """The chunked form, float32; q, k (batch, tokens, k_heads, dim), v with v_heads; g, beta (batch, tokens, v_heads).
 
     The state is linear from chunk to chunk: S' = M S + U. M and U of all chunks are made at once, and `states` alone
     walks from chunk to chunk.
@@ -415,7 +420,7 @@ if torch:
     states.register_autograd(_states_grad, setup_context=_keep)
 
 
-# ---- heads and losses ------------------------------------------------------------------------------------------------
+# ---- heads and losses ----------------------------------------------------------------------------------------------
 
 def trunk_loss(x, norm, head, targets):
     """Mean cross-entropy, the normed hidden states, and the logits without gradient."""
@@ -427,7 +432,7 @@ def trunk_loss(x, norm, head, targets):
 def draft_loss(hidden, head, targets, trunk, soft: float):
     """Cross-entropy of the block's guesses, `soft` of it against the trunk's distribution, which is one token ahead.
 
-    hidden (batch, tokens, hidden); targets (batch, tokens), -1 where there is none; trunk logits (batch, tokens, vocab).
+    hidden (batch, tokens, hidden); targets (batch, tokens), -1 where none; trunk logits (batch, tokens, vocab).
     """
     logits = linear(hidden, head).float()
     log_norm = logits.logsumexp(-1)
@@ -455,8 +460,8 @@ def first_draft(embedded, hidden, w, table, mask, routed):
 
 
 def second_draft(embedded, output, keys, values, w, table, seen, mask, routed):
-    """The block on its own output, one position on. It sees the first pass's keys before its position, and its own there:
-    `seen` (tokens, 2 * tokens) says so."""
+    """The block on its own output, one position on. It sees the first pass's keys before its position, and its own
+    there: `seen` (tokens, 2 * tokens) says so."""
     recycled = torch.cat([torch.zeros_like(output[:, :1]), output[:, :-1]], dim=1)
     x = draft_input(embedded, recycled, w)
     q, k, v, gate = projections(rms(x, w["attn_norm"]), w, table)
@@ -469,7 +474,7 @@ def second_draft(embedded, output, keys, values, w, table, seen, mask, routed):
 class Model:
     """The pieces above, compiled, for one batch shape; `weights` are float32 leaves."""
 
-    def __init__(self, weights: dict, batch: int, tokens: int, experts: str = "dense", compile: bool = CUDA,
+    def __init__(self, weights: dict, batch: int, tokens: int, experts: str = "dense", compile: bool = True,
                  soft: float = 0.5):
         self.weights, self.batch, self.tokens, self.soft = weights, batch, tokens, soft
         self.routed = {"dense": dense_experts, "grouped": grouped_experts}[experts]
@@ -481,7 +486,7 @@ class Model:
         make = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
         self.delta, self.attention, self.first, self.second = map(
             make, (delta_layer, attention_layer, first_draft, second_draft))
-        self.trunk_loss, self.draft_loss = make(trunk_loss), make(draft_loss)
+        self.embed, self.trunk_loss, self.draft_loss = make(embedding), make(trunk_loss), make(draft_loss)
 
     def set_dropout(self, rate: float) -> None:
         if rate:
@@ -491,7 +496,7 @@ class Model:
 
     def trunk(self, ids):
         """ids (batch, tokens) -> the residual stream after the last layer, float32, and the balancing losses' sum."""
-        x, balance = F.embedding(ids, self.weights["token_embd.weight"]), 0.0
+        x, balance = self.embed(ids, self.weights["token_embd.weight"]), 0.0
         for i in range(LAYERS):
             more = () if is_recurrent(i) else (self.table,)
             x, cost = (self.delta if is_recurrent(i) else self.attention)(
@@ -504,12 +509,12 @@ class Model:
         trunk's hidden states and both drafts'."""
         ids, w, block = ids.long(), self.weights, self.blocks[LAYERS]
         embed, head, tokens = w["token_embd.weight"], w["output.weight"], self.tokens
-        x, balance = self.trunk(ids[:, :tokens])
+        x, balance = self.trunk(ids[:, :tokens].contiguous())
         loss, hidden, logits = self.trunk_loss(x, w["output_norm.weight"], head, ids[:, 1:tokens + 1])
-        ahead = F.embedding(ids[:, 1:tokens + 1], embed)
-        after = ids[:, 2:]
+        ahead, after = self.embed(ids[:, 1:tokens + 1].contiguous(), embed), ids[:, 2:].contiguous()
         first, keys, values, cost = self.first(ahead, hidden, block, self.table, self.masks[LAYERS], self.routed)
-        second = self.second(ahead, first, keys, values, block, self.table, self.seen, self.masks[LAYERS + 1], self.routed)
+        second = self.second(ahead, first, keys, values, block, self.table, self.seen, self.masks[LAYERS + 1],
+                             self.routed)
         late = torch.cat([torch.full_like(after[:, :1], -1), after[:, 1:]], dim=1)
         return (loss, self.draft_loss(first, head, after, logits, self.soft),
                 self.draft_loss(second, head, late, logits, self.soft), (balance + cost) / (LAYERS + 1),
@@ -519,7 +524,8 @@ class Model:
 # ---- optimizer -----------------------------------------------------------------------------------------------------
 
 def orthogonalize(g):
-    """Nearest matrices with singular values near 1, by five Newton-Schulz steps. g (n, rows <= columns). Source: Jordan 2024."""
+    """Matrices of the same directions with singular values near 1, by five Newton-Schulz steps; g (n, rows <=
+    columns). Source: Jordan 2024, "Muon"."""
     x = g.to(HALF)
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(HALF)
     for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
@@ -559,12 +565,12 @@ class Optimizer:
         """(n, rows <= columns): all matrices of one shape."""
         return torch.cat([self.upright(tensors[name].detach()) for name in names])
 
-    @torch.no_grad()
     def step(self, grads: dict) -> None:
         for shape, names in self.groups.items():
             g, momentum = self.stacked(grads, names), self.momentum[shape]
             momentum.lerp_(g, 0.05)
-            update = orthogonalize(g.lerp(momentum, 0.95)) * (0.2 * math.sqrt(shape[1]) * self.muon_lr * self.settings[0])
+            rate = 0.2 * math.sqrt(shape[1]) * self.muon_lr * self.settings[0]     # rms as Adam's steps have it
+            update = orthogonalize(g.lerp(momentum, 0.95)) * rate
             views = [self.upright(self.weights[name]) for name in names]
             torch._foreach_mul_(views, 1 - self.decay * self.muon_lr * self.settings[0])
             torch._foreach_sub_(views, list(update.split([view.shape[0] for view in views])))
@@ -596,9 +602,8 @@ class Trainer:
         self.starts = torch.zeros(model.batch, dtype=torch.int64, device=DEVICE)
         self.reach = torch.arange(model.tokens + 2, device=DEVICE)
         self.weigh = torch.ones(2, device=DEVICE)                           # of the two draft losses
-        self.report = torch.zeros(6, device=DEVICE)                         # losses, gradient norm, sum of bad steps
-        self.dropout = torch.zeros((), device=DEVICE)
-        self.graph = None
+        self.report = torch.zeros(6, device=DEVICE)                         # sums: losses, gradient norm, bad steps
+        self.graph, self.running = None, []
 
     def compute(self) -> None:
         o, w = self.options, self.model.weights
@@ -612,13 +617,25 @@ class Trainer:
         good = torch.isfinite(norm)
         scale = torch.where(good, (o.clip / (norm + 1e-6)).clamp(max=1.0), 0.0)
         grads = [torch.where(good, g * scale, 0.0) for g in grads]
-        self.optimizer.step(dict(zip(w, grads)))
-        self.report.copy_(torch.stack([loss, first, second, balance, norm, self.report[5] + (~good).float()]).detach())
+        with torch.no_grad():
+            self.optimizer.step(dict(zip(w, grads, strict=True)))
+        self.report += torch.stack([loss, first, second, balance, norm, (~good).float()]).detach()
 
     def step(self, starts, scale: float, number: int) -> None:
         self.starts.copy_(starts, non_blocking=True)
         self.optimizer.set(scale, number)
         self.graph.replay() if self.graph else self.compute()
+        if CUDA:        # stay two steps ahead of the device and no more: the clock rules the schedule
+            self.running.append(torch.cuda.Event())
+            self.running[-1].record()
+            if len(self.running) > 2:
+                self.running.pop(0).synchronize()
+
+    def averages(self, steps: int) -> list[float]:
+        """Means of `report` over the steps since the last call; waits for the device."""
+        values = (self.report / steps).tolist()
+        self.report.zero_()
+        return values
 
     def capture(self) -> None:
         """Record the step once, after it has run often enough to be compiled."""
@@ -654,9 +671,9 @@ class Order:
 # ---- evaluation ----------------------------------------------------------------------------------------------------
 
 def evaluate(model: Model, text, text_bytes: int, end: int, limit: int | None = None) -> dict:
-    """On held-out text: bits per byte (windows overlap by half, the later half counts, <|endoftext|> is not text) and the
-    greedy acceptance of drafts. First: the block's guess is the trunk's. Second: among positions whose first draft is the
-    trunk's guess (given_first) and the text's as well (so that the text is what would have been drafted)."""
+    """On held-out text: bits per byte (windows overlap by half, the later half counts, <|endoftext|> is not text) and
+    the greedy acceptance of drafts. First: the block's guess is the trunk's. Second: among positions whose first draft
+    is the trunk's guess (given_first) and the text's as well (so that the text is what would have been drafted)."""
     model.set_dropout(0.0)
     tokens, half = model.tokens, model.tokens // 2
     starts = torch.arange(0, len(text) - tokens - 2, half, device=DEVICE)[:limit]
@@ -727,11 +744,13 @@ def warm(trainer: Trainer, order: Order, graph: bool) -> float:
     for tensor in trainer.optimizer.state()[len(trainer.model.weights):]:
         tensor.zero_()
     if graph and CUDA:
-        trainer.capture()
+        try:
+            trainer.capture()
+        except Exception as error:      # slower, but it trains
+            print(f"no CUDA graph: {type(error).__name__}: {str(error)[:500]}", flush=True)
         for tensor in trainer.optimizer.state()[len(trainer.model.weights):]:
             tensor.zero_()
-    if CUDA:
-        torch.cuda.synchronize()
+    trainer.averages(1)
     return time.perf_counter() - begun
 
 
@@ -750,7 +769,7 @@ def trial(options, tokens) -> None:
                 for _ in range(5):
                     steps += 1
                     trainer.step(order.next(), min(1.0, steps / 50), steps)
-                losses = trainer.report.tolist()
+                losses = trainer.averages(5)
             rate = steps * batch * length / (time.perf_counter() - begun)
             memory = torch.cuda.max_memory_allocated() / 2 ** 30 if CUDA else 0
             print(f"{variant}: {rate:,.0f} tokens/s; {steps} steps, ready after {compiled:.0f} s, {memory:.1f} GiB, "
@@ -785,7 +804,8 @@ def train(options, tokens, heldout, heldout_bytes: int, end: int) -> None:
     model, optimizer = trainer.model, trainer.optimizer
     order = Order(len(tokens), options.sequence, options.batch, options.seed)
     print(f"compiled in {warm(trainer, order, not options.no_graph):.0f} s", flush=True)
-    begun, budget = time.perf_counter(), 60 * options.minutes - (time.perf_counter() - options.started) - options.reserve
+    begun = time.perf_counter()
+    budget = 60 * options.minutes - (begun - options.started) - options.reserve
     step, marks, dims, good = 0, [begun, begun, begun, 0], 1.0, [t.clone() for t in optimizer.state()]
 
     def log(**values) -> None:
@@ -807,22 +827,20 @@ def train(options, tokens, heldout, heldout_bytes: int, end: int) -> None:
         step += 1
         scale = dims * schedule(done)
         trainer.step(order.next(), scale, step)
-        if step % 10 and now - marks[0] < 5:
-            continue
         if now - marks[0] >= options.log_seconds or step == 1 or (options.steps and step % 10 == 0):
-            losses = trainer.report.tolist()            # waits for the device
+            losses = trainer.averages(step - marks[3])
             now = time.perf_counter()
             rate = (step - marks[3]) * options.batch * options.sequence / (now - marks[0])
-            log(step=step, seconds=now - begun, tokens=step * options.batch * options.sequence, tokens_per_second=round(rate),
-                epoch=order.epoch, loss=losses[0], first=losses[1], second=losses[2], balance=losses[3],
-                gradient=losses[4], bad_steps=losses[5], lr=scale)
+            log(step=step, seconds=now - begun, tokens=step * options.batch * options.sequence,
+                tokens_per_second=round(rate), epoch=order.epoch, loss=losses[0], first=losses[1], second=losses[2],
+                balance=losses[3], gradient=losses[4], bad_steps=losses[5], lr=scale)
             marks[0], marks[3] = now, step
             if not all(map(math.isfinite, losses[:4])):     # start again from the last good state, more carefully
                 dims *= 0.5
-                for tensor, kept in zip(optimizer.state(), good):
+                for tensor, kept in zip(optimizer.state(), good, strict=True):
                     tensor.data.copy_(kept)
             else:
-                for tensor, kept in zip(optimizer.state(), good):
+                for tensor, kept in zip(optimizer.state(), good, strict=True):
                     kept.copy_(tensor.detach())
         if now - marks[1] >= options.save_minutes * 60:
             save("checkpoint")
@@ -831,9 +849,9 @@ def train(options, tokens, heldout, heldout_bytes: int, end: int) -> None:
             log(step=step, heldout=evaluate(model, heldout, heldout_bytes, end, options.batch * 2))
             marks[2] = time.perf_counter()
     save("final")
-    result = evaluate(model, heldout, heldout_bytes, end)
-    log(step=step, tokens=step * options.batch * options.sequence, epochs=order.epoch, seconds=time.perf_counter() - begun,
-        heldout=result)
+    result = evaluate(model, heldout, heldout_bytes, end, None if CUDA else 2 * options.batch)
+    log(step=step, tokens=step * options.batch * options.sequence, epochs=order.epoch,
+        seconds=time.perf_counter() - begun, heldout=result)
     save("final", heldout=result, device=torch.cuda.get_device_name() if CUDA else "CPU")
     print("done", flush=True)
 
@@ -878,12 +896,14 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     if options.import_parts:
-        return import_parts(options.import_parts, options.gguf, Path(options.corpus) / "tokenizer.json", options.format)
+        vocabulary = Path(options.corpus) / "tokenizer.json"
+        return import_parts(options.import_parts, options.gguf, vocabulary, options.format)
     options.started = time.perf_counter()
     torch.manual_seed(options.seed)
     corpus, cache = Path(options.corpus), Path(options.cache)
     (train_text, _), (heldout, heldout_bytes) = (load_tokens(corpus, name, cache) for name in ("train", "heldout"))
-    print(f"{len(train_text):,} tokens to train on, {len(heldout):,} held out, {time.perf_counter() - options.started:.0f} s; "
+    print(f"{len(train_text):,} tokens to train on, {len(heldout):,} held out, "
+          f"{time.perf_counter() - options.started:.0f} s; "
           f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}", flush=True)
     end = int(heldout[-1])
     check_kernels()

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from minillama import __version__, commands
+from minillama import __version__
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,6 +55,8 @@ def add_sampling_options(parser: Parser, count: int) -> None:
 
 
 def build_parser() -> Parser:
+    """All commands with their options. (What they import takes a moment, in which Ctrl-C should be quiet already.)"""
+    from minillama import commands
     parser = Parser(prog="minillama", description="A Qwen3-Next inference engine in tinygrad. "
                     "The environment variable DEV chooses the device: METAL, CUDA, CL or CPU.")
     parser.add_argument("--version", action="version", version=f"minillama {__version__}")
@@ -124,5 +126,5 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError) as error:
-        commands.say(f"minillama: {one_line(error)}")
+        print(f"minillama: {one_line(error)}", file=sys.stderr)
         return 2

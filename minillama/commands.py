@@ -205,10 +205,10 @@ def chat(args: Namespace) -> int:
     from minillama.clocked import Report
     from minillama.engine import ContextError
     report, status = Report(engine, args.began), 0
-    conversation = Conversation(engine, tokenizer)
+    conversation = Conversation(engine)
     for line in filter(None, lines_said()):
         if line == "/clear":
-            conversation = Conversation(engine, tokenizer)
+            conversation = Conversation(engine)
             continue
         try:
             for piece in conversation.say(line, args.count, sampler, report.watch):

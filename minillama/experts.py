@@ -30,13 +30,17 @@ def route(x: Tensor, router: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def dense(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
-    """Every expert for every token. x (tokens, hidden), ids and probs (tokens, used); returns (tokens, hidden)."""
-    experts = w.down.shape[0]
-    index = Tensor.arange(experts)
-    share = (ids.unsqueeze(-1) == index).where(probs.unsqueeze(-1), 0).sum(axis=1)        # (tokens, experts)
-    gate, up = (linear(x, weight) for weight in w.pair())        # (experts, tokens, width) each
-    y = swiglu(gate, up) * share.T.unsqueeze(-1)
-    return linear(y, w.down).sum(axis=0)                                    # (tokens, hidden)
+    """Every expert for every token. x (tokens, hidden), ids and probs (tokens, used); returns (tokens, hidden).
+
+    All experts side by side are one wide SwiGLU network; a token's shares scale its columns, most of them by 0.
+    """
+    experts, hidden, width = w.down.shape
+    chosen = ids.unsqueeze(-1) == Tensor.arange(experts)                    # (tokens, used, experts)
+    share = chosen.where(probs.unsqueeze(-1), 0).sum(axis=1)                # (tokens, experts)
+    gate, up = (linear(x, weight.reshape(experts * width, hidden)) for weight in w.pair())
+    y = swiglu(gate, up).reshape(-1, experts, width) * share.unsqueeze(-1)
+    y = y.reshape(-1, experts * width).cast(w.down.dtype).contiguous()
+    return linear(y, w.down.permute(1, 0, 2).reshape(hidden, experts * width))
 
 
 def gathered(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:

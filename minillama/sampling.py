@@ -32,9 +32,9 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
-    def draws(self, count: int, start: int = 0) -> np.ndarray:
-        """Uniform numbers for the tokens at positions start.. of a text, (count,) float32: one stream per seed."""
-        return np.random.default_rng(self.seed).random(start + count, dtype=np.float32)[start:]
+    def draws(self, count: int, start: int = 0) -> list[float]:
+        """Uniform numbers in [0, 1) that float32 holds, for a text's tokens start..start + count: a stream a seed."""
+        return np.random.default_rng(self.seed).random(start + count, dtype=np.float32)[start:].tolist()
 
 
 def greedy(logits: Tensor) -> Tensor:
@@ -78,5 +78,5 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     total = probs.cumsum().contiguous()
     ids = Tensor.arange(probs.shape[0])
     last = (probs > 0).where(ids, 0).max()
-    reached = (total > uniform * total[-1]) * (probs > 0)       # rounding must not choose what was cut
+    reached = (total > uniform * total[-1]) & (probs > 0)       # rounding must not choose what was cut
     return reached.where(ids, last).min().reshape(1).cast(dtypes.int32)
