@@ -22,7 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
     scores = q @ k.permute(1, 2, 0) * dim ** -0.5                           # (kv_heads, group * tokens, positions)
     if tokens > 1:
         row = Tensor.arange(tokens).reshape(1, 1, tokens, 1) + start
-        seen = Tensor.arange(positions).reshape(1, 1, 1, positions) <= row
+        longest = positions if isinstance(positions, int) else positions.vmax   # a count of unknown end costs n² sums
+        seen = Tensor.arange(longest)[:positions].reshape(1, 1, 1, positions) <= row
         scores = seen.where(scores.reshape(kv_heads, group, tokens, positions), float("-inf"))
         scores = scores.reshape(kv_heads, group * tokens, positions)
     out = scores.softmax(-1) @ v.permute(1, 0, 2)                           # (kv_heads, group * tokens, dim)

@@ -42,7 +42,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def add_engine_options(parser: Parser) -> None:
-    parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,…", help="how the engine computes")
+    parser.add_argument("--recipe", default="", metavar="NAME|FIELD=VALUE,…", help="a rung, or fields")
     parser.add_argument("-c", "--context", type=at_least(1), help="tokens there is room for (default: up to 4096)")
 
 
@@ -92,6 +92,16 @@ def build_parser() -> Parser:
     made = command(commands.perplexity, "how well a model predicts a text; each window of the context starts afresh")
     made.add_argument("-f", dest="text_file", required=True, metavar="TEXTFILE")
     add_engine_options(made)
+    made = command(commands.ladder, "measure every rung of the ladder, each in a process of its own", file=None)
+    made.add_argument("-m", dest="model", metavar="FILE", help="default: the shipped model")
+    made.add_argument("-o", dest="output", metavar="FILE", help="a copy of the result file")
+    made.add_argument("-r", dest="repeats", type=at_least(1), default=10, help="samples of each pass (default: 10)")
+    kind = made.add_mutually_exclusive_group()
+    kind.add_argument("--ablate", dest="kind", action="store_const", const="ablate", default="ladder",
+                      help="the best recipe, with one field put back at a time")
+    kind.add_argument("--copies", dest="kind", action="store_const", const="copies",
+                      help="copies everywhere or none, on the grid that llama.cpp #19375 published")
+    made.add_argument("--store", action="store_true", help="write to data/results, not data/results/local")
     made = command(commands.quantize, "write a model in another format")
     made.add_argument("output", metavar="OUT")
     made.add_argument("format", metavar="FORMAT", help="F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K …")

@@ -104,6 +104,7 @@ def open_device() -> None:
     Comes before every other import of tinygrad, which fails already there if it cannot read DEV. Raises DeviceError.
     """
     wanted = os.environ.get("DEV", "")
+    os.environ.setdefault("POCL_EXTRA_BUILD_FLAGS", "-w")   # else PoCL counts its compiler's warnings on our stderr
     try:
         from tinygrad import Tensor
         if (Tensor([1, 2, 3]) + 1).tolist() != [2, 3, 4]:
@@ -123,8 +124,8 @@ def load_engine(args: Namespace, config: ModelConfig, ids: list[int] | None = No
     """Check what was asked for against the model, then load it: a `ClockedEngine` on a device that was opened."""
     from minillama.clocked import ClockedEngine
     from minillama.engine import CONTEXT
-    from minillama.recipe import Recipe
-    recipe, context = Recipe.parse(args.recipe), args.context or min(CONTEXT, config.context)
+    from minillama.ladder import read_recipe
+    recipe, context = read_recipe(args.recipe), args.context or min(CONTEXT, config.context)
     if context > config.context:
         raise ValueError(f"--context {context} is more than the {config.context} tokens the model was made for")
     if ids is not None:
@@ -247,6 +248,13 @@ def perplexity(args: Namespace) -> None:
         nats = windowed_surprise(engine, ids, update)
     count, size = len(ids) - 1, sum(len(tokenizer.token_bytes(token)) for token in ids[1:])
     print(f"perplexity {math.exp(nats / count):.4f} bits/byte {nats / math.log(2) / size:.4f} tokens {count}")
+
+
+def ladder(args: Namespace) -> None:
+    """Measure the ladder."""
+    open_device()
+    from minillama import climb
+    climb.ladder(args)
 
 
 def quantize(args: Namespace) -> None:

@@ -102,14 +102,16 @@ class Engine:
         size = ids.shape[0]
         key = kind, size
         if key not in self.steps:
-            def run(ids: Tensor, start: UOp, valid: UOp | None, *more: Tensor) -> Tensor:
+            def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], _: list[Tensor]) -> Tensor:
                 return self._run(kind, ids, start, valid, *more).realize()
-            if self.recipe.capture == "jit":
-                run = TinyJit(run)
+            if self.recipe.capture != "eager":
+                run = TinyJit(run, prune=self.recipe.capture == "prune")
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
         bound = UOp.variable("valid", 1, size).bind(valid) if size > 1 else None
-        return self.steps[key](ids, self.start.bind(start), bound, *more)
+        # Pruning freezes what depends on no input: there, whatever changes or is indexed by position is one.
+        kept = [*self.state.tensors(), self.table] if self.recipe.capture == "prune" else []
+        return self.steps[key](ids, self.start.bind(start), bound, more, kept)
 
     # ---- a text ---------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,8 @@
 """The stack of layers: token ids in, hidden states out; the state is read and written on the way."""
 from tinygrad import Tensor, UOp, function
 
-from minillama.attention import attention
+from minillama import attention, delta_net, first_port
 from minillama.config import ModelConfig
-from minillama.delta_net import delta_net
 from minillama.experts import experts_layer
 from minillama.layers import rms_norm
 from minillama.mtp import mtp_block
@@ -16,11 +15,13 @@ def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: D
         table: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
     """A layer's mixer on normed x (tokens, hidden), reading and writing that layer's state."""
     if not isinstance(w.mixer, DeltaNetWeights):
-        return attention(x, w.mixer, config, table, start, part)
+        module = first_port if recipe.copies == "everywhere" else attention
+        return module.attention(x, w.mixer, config, table, start, part)
     count = x.shape[0] if valid is None else valid
     mask = None if valid is None else (Tensor.arange(x.shape[0]) < count).float()
-    out, past, memory = delta_net(x, w.mixer, config, recipe.form("delta"), part.window, part.memory, mask)
-    window = past[count:count + part.window.shape[0]].contiguous()          # the last inputs that were no padding
+    module = first_port if recipe.copies == "everywhere" else delta_net
+    out, past, memory = module.delta_net(x, w.mixer, config, recipe.form("delta"), part.window, part.memory, mask)
+    window = past[count:count + part.window.shape[0]]                       # the last inputs that were no padding
     return after(out, stored(part.window, window), stored(part.memory, memory))
 
 

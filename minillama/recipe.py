@@ -8,7 +8,8 @@ from minillama import delta_net, experts
 CHOICES: dict[str, tuple[str, ...]] = {
     "delta": ("recurrent", "chunked"),
     "experts": ("dense", "gathered"),
-    "capture": ("eager", "jit"),
+    "copies": ("everywhere", "none"),
+    "capture": ("eager", "jit", "prune"),
     "logits": ("all", "last"),
     "projections": ("separate", "fused"),
 }
@@ -27,6 +28,7 @@ class Recipe:
     """
     delta: str | Callable = "chunked"
     experts: str | Callable = "gathered"
+    copies: str = "none"
     capture: str = "jit"
     logits: str = "last"
     projections: str = "fused"

@@ -1,0 +1,143 @@
+"""Measuring the ladder: each recipe in a process of its own, all of them there and back, one result file.
+
+A prompt batch (`pp`) and a decode step (`tg`) of each recipe: samples of their time, the three clocks of one more
+call, and what they count. The recurrence makes a graph that grows with the prompt, so its recipes get a short one:
+compare times per token.
+"""
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+from tinygrad import Tensor
+
+from minillama.config import ModelConfig
+from minillama.engine import Engine
+from minillama.gguf import GGUF
+from minillama.ladder import LADDER, NAIVE, ablations
+from minillama.measure import Clocks, Counts, calls_of, synchronize
+from minillama.recipe import Recipe
+from minillama.results import ClockTimes, Model, Result, Row, read_result, write_result
+
+SHORT, LONG = 8, 64                 # tokens of a prompt: for the recurrence, and for the chunks
+FEW = 4                             # samples of a recipe that builds its graph every time
+GRID = ("pp1", "pp8", "pp512", "pp2048", "tg32")        # the tests that #19375 published
+SHIPPED = Path(__file__).parent.parent / "data" / "minillama-coder-Q8_0.gguf"
+
+
+def sampled(call, repeats: int) -> list[int]:
+    """Nanoseconds of each of `repeats` calls, to the end of the last kernel."""
+    samples = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter_ns()
+        call()
+        synchronize()
+        samples.append(time.perf_counter_ns() - start)
+    return samples
+
+
+def measure_test(engine: Engine, name: str, test: str, repeats: int) -> Row:
+    """One test, named as llama-bench names it: "pp64", a prompt of 64 tokens; "tg32", 32 tokens one by one."""
+    eager, tokens = engine.recipe.capture == "eager", int(test[2:])
+    prompt = np.random.default_rng(0).integers(0, engine.config.vocab, tokens).astype(np.int32)
+    sizes = [1] * tokens if test.startswith("tg") else engine.plan(tokens)
+    batches = [Tensor(part, device=engine.device).realize() for part in np.split(prompt, np.cumsum(sizes)[:-1])]
+    starts = [int(at) for at in np.cumsum([0, *sizes[:-1]])]
+
+    def call() -> None:
+        for ids, start in zip(batches, starts, strict=True):
+            engine.step("logits", ids, start, ids.shape[0]).realize()
+    engine.clear()
+    call()                                          # the first call captures, or compiles
+    samples = sampled(call, min(repeats, FEW) if eager else repeats)
+    with Clocks() as clocks:
+        call()
+    counts = clocks.counts if eager else sum(
+        (Counts.of(calls_of(engine.steps["logits", size], values={"start": start, "valid": size}))
+         for size, start in zip(sizes, starts, strict=True)), Counts())
+    times = ClockTimes(clocks.build, clocks.compile, clocks.run)
+    return Row(f"{name} {test}", engine.recipe.names(), tokens, samples, times, counts)
+
+
+def tests_of(recipe: Recipe, grid: bool) -> tuple[str, ...]:
+    """What a recipe is measured by: the published grid, or a prompt and eight tokens."""
+    return GRID if grid else (f"pp{SHORT if recipe.delta == 'recurrent' else LONG}", "tg8")
+
+
+def recipes(kind: str) -> dict[str, Recipe]:
+    """What is measured: for "ladder" all rungs and the first one captured (so that running can be compared with
+    running); for "ablate" the best recipe and its ablations; for "copies" the best with copies everywhere or none."""
+    best = ablations(LADDER[-1].recipe)
+    if kind != "ladder":
+        return best if kind == "ablate" else {"none": best["best"], "everywhere": best["-copies"]}
+    return {rung.name: rung.recipe for rung in LADDER} | {"naive, captured": replace(NAIVE, capture="jit")}
+
+
+def in_own_process(file: str, name: str, recipe: Recipe, repeats: int, grid: bool) -> list[Row]:
+    """The rows of one recipe, measured in a fresh process."""
+    made = json.dumps({"file": file, "name": name, "recipe": recipe.names(), "repeats": repeats,
+                       "tests": tests_of(recipe, grid)})
+    done = subprocess.run([sys.executable, "-m", "minillama.climb", made], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"ladder: {name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    rows = json.loads(done.stdout.splitlines()[-1])
+    return [Row(**row | {"clocks": ClockTimes(**row["clocks"]), "counts": Counts(**row["counts"])}) for row in rows]
+
+
+def climb(file: str, kind: str, repeats: int, report: Callable[[str], None]) -> Result:
+    """Measure all recipes there and back; samples of both passes together, clocks and counts of the second."""
+    found: dict[str, Row] = {}
+    order = list(recipes(kind).items())
+    for turn in (order, order[::-1]):
+        for name, recipe in turn:
+            report(name)
+            for row in in_own_process(file, name, recipe, repeats, kind == "copies"):
+                before = found[row.name].samples_ns if row.name in found else []
+                found[row.name] = replace(row, samples_ns=before + row.samples_ns)
+    opened = GGUF(file)
+    formats = [info.format.name for info in opened.tensors.values() if len(info.shape) > 1]
+    format = max(set(formats), key=formats.count)
+    config = ModelConfig.from_gguf(opened)
+    return Result.here(kind, Model(config.name, format, config.layers), list(found.values()))
+
+
+def table(result: Result) -> str:
+    """The result for people: per token, in microseconds; ratios to the first row of its kind."""
+    lines = [f"{result.model.name} on {result.device.name} ({result.device.backend}): per token",
+             f"{'recipe':<24}{'build µs':>12}{'run µs':>12}{'kernels':>9}{'copies':>8}{'MB':>9}"]
+    for row in result.rows:
+        per = 1e3 * row.tokens
+        median = float(np.median(row.samples_ns)) / per
+        built = row.clocks.build / per if row.recipe["capture"] == "eager" else 0.0
+        lines.append(f"{row.name:<24}{built:>12,.0f}{median - built:>12,.0f}{row.counts.kernels / row.tokens:>9,.1f}"
+                     f"{row.counts.copies / row.tokens:>8,.1f}{row.counts.bytes / row.tokens / 1e6:>9,.2f}")
+    return "\n".join(lines)
+
+
+def ladder(args: Namespace) -> None:
+    """The command `ladder`."""
+    result = climb(args.model or str(SHIPPED), args.kind, args.repeats,
+                   lambda name: print(name, file=sys.stderr, flush=True))
+    path = write_result(result, local=not args.store)
+    if args.output:
+        Path(args.output).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    print(table(read_result(path)))
+    print(f"written to {path}", file=sys.stderr)
+
+
+def main(made: str) -> None:
+    """One recipe, for `in_own_process`: rows as JSON on the last line of stdout."""
+    asked = json.loads(made)
+    engine = Engine.load(asked["file"], Recipe(**asked["recipe"]), context=2048)
+    rows = [measure_test(engine, asked["name"], test, asked["repeats"]) for test in asked["tests"]]
+    print(json.dumps([asdict(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,313 @@
+"""What one step of a real model costs, counted without a GPU and without weights.
+
+On tinygrad's NULL device a step is built and captured as on any other, but nothing is stored or run: the 80B model can
+be counted on a laptop. Each kind of layer is captured once and multiplied; what comes before and after the layers is
+the rest of a model with one layer of each kind.
+
+Counted is what each kernel says it touches: every buffer once per kernel, at most its size, however often a kernel
+comes back to it. A batch of 512 tokens that gathers 10 experts each reads 5,120 expert matrices; counted are the 512
+that there are, as if a cache held whatever is read again. *Ideal* stands beside it: each weight once (of the experts
+those that can have been picked), each state read and written once, each logit written, and nothing in between.
+
+A kernel belongs to the part whose weights or state it touches, of several to the last in the flow of data; one that
+touches none works on what a part before it left behind.
+"""
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
+
+from rich import box
+from rich.table import Table
+from tinygrad import Context, Tensor, TinyJit, UOp, dtypes
+
+from minillama.config import ModelConfig
+from minillama.engine import Engine
+from minillama.layers import linear
+from minillama.measure import Call, Counts, calls_of
+from minillama.model import forward_mtp, run_layer
+from minillama.recipe import Recipe
+from minillama.results import read_results
+from minillama.roofline import Roofline, from_result
+from minillama.shapes import RandomWeights, unfilled, weight_format
+from minillama.state import DeltaState, KVCache
+from minillama.units import in_units
+from minillama.weights import AttentionWeights, LayerWeights, MTPWeights
+
+ORDER = ("embedding", "norm", "MTP input", "projections", "convolution", "delta rule", "attention",
+         "output projection", "router", "shared expert", "experts", "head")
+NAMES = {True: "Gated DeltaNet layers", False: "attention layers"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A buffer by which the kernels of a part are known. `then`: the part of kernels that go on with its results and
+    touch no marked buffer. `bytes` and `ops`: what a step must move of it and do with it, if nothing is wasted."""
+    part: str
+    then: str
+    bytes: float = 0.0
+    ops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model: what it runs, in one layer, and what would do."""
+    name: str
+    calls: tuple[Call, ...]
+    ideal_bytes: int
+    ideal_ops: int
+
+    @property
+    def counts(self) -> Counts:
+        return Counts.of(list(self.calls))
+
+    def seconds(self, roof: Roofline) -> float:
+        """The least time that a machine could take for these kernels, one after the other."""
+        return sum(roof.seconds(call.bytes, call.ops, call.kind == "kernel") for call in self.calls)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parts that occur together, `times` over."""
+    name: str
+    times: int
+    parts: tuple[Part, ...]
+
+    @property
+    def counts(self) -> Counts:
+        total = sum((part.counts for part in self.parts), Counts())
+        return Counts(*(value * self.times for value in astuple(total)))
+
+
+# ---- which kernel belongs where -----------------------------------------------------------------------------------
+
+
+class Marks(dict[UOp, Mark]):
+    """Marked buffers of what a step of `tokens` tokens at position `depth` touches."""
+
+    def __init__(self, config: ModelConfig, tokens: int, depth: int, logits: int = 1):
+        self.config, self.tokens, self.depth, self.logits = config, tokens, depth, logits
+
+    def weight(self, part: str, then: str, *tensors: Tensor, picked: float = 1.0, share: float = 1.0) -> None:
+        """Weights that are read once, but only the part `picked`; each token is multiplied by a `share` of them."""
+        for tensor in tensors:
+            ops = 2 * tensor.numel() * share * self.tokens if tensor.ndim > 1 else 0
+            self[tensor.uop.base] = Mark(part, then, tensor.nbytes() * picked, ops)
+
+    def layer(self, w: LayerWeights, state: DeltaState | KVCache) -> "Marks":
+        used = self.config.experts_used / self.config.experts
+        picked = min(1.0, self.tokens * used)
+        self.weight("norm", "norm", w.norm, w.post_norm)
+        if isinstance(w.mixer, AttentionWeights):
+            self.weight("projections", "attention", *w.mixer.inputs)
+            self.weight("attention", "attention", w.mixer.q_norm, w.mixer.k_norm)
+            for cache in state.tensors():       # the rows before are read, the new ones written
+                rows = (self.depth + self.tokens) / cache.shape[0]
+                self[cache.uop.base] = Mark("attention", "attention", cache.nbytes() * rows)
+        else:
+            self.weight("projections", "delta rule", *w.mixer.inputs)
+            self.weight("convolution", "delta rule", w.mixer.conv)
+            self.weight("delta rule", "delta rule", w.mixer.dt_bias, w.mixer.a, w.mixer.norm)
+            for tensor, part in ((state.window, "convolution"), (state.memory, "delta rule")):
+                self[tensor.uop.base] = Mark(part, "delta rule", 2 * tensor.nbytes())
+        self.weight("output projection", "norm", w.mixer.out)
+        self.weight("router", "router", w.experts.router)
+        self.weight("shared expert", "shared expert", w.experts.shared_gate, *w.experts.shared_inputs,
+                    w.experts.shared_down)
+        self.weight("experts", "experts", *w.experts.gate_up, w.experts.down, picked=picked, share=used)
+        return self
+
+    def mtp(self, w: MTPWeights, state: KVCache) -> "Marks":
+        self.layer(w.layer, state)
+        self.weight("norm", "norm", w.embed_norm, w.hidden_norm, w.out_norm)
+        self.weight("MTP input", "norm", w.project)
+        return self.ends(w.embed, w.head)
+
+    def ends(self, embed: Tensor, head: Tensor) -> "Marks":
+        rows, row = self.logits, embed.nbytes() / embed.shape[0]
+        self[embed.uop.base] = Mark("embedding", "norm", self.tokens * row)
+        self[head.uop.base] = Mark("head", "head", head.nbytes() + rows * head.shape[0] * 4, 2 * rows * head.numel())
+        return self
+
+    def parts(self, replay: TinyJit) -> Iterator[Part]:
+        """The captured step's kernels, sorted; parts that have neither kernels nor marks are left out."""
+        calls = calls_of(replay, values={"start": self.depth, "valid": self.tokens})
+        found: dict[str, list[Call]] = {name: [] for name in ORDER}
+        behind: dict[UOp, str] = {}             # buffer -> the part of whoever goes on with its present contents
+        for call, uop in zip(calls, replay.captured.linear.src, strict=True):
+            touched = [self[buffer.base] for buffer in uop.src[1:] if buffer.base in self]
+            read = [behind[buffer] for buffer in uop.src[1:] if buffer in behind]
+            if touched:
+                mark = max(touched, key=lambda mark: ORDER.index(mark.part))
+            else:
+                part = max(read, key=ORDER.index, default="norm")
+                mark = Mark(part, part)
+            found[mark.part].append(call)
+            behind[uop.src[1]] = mark.then      # a kernel's first buffer is its output
+        for name, own in found.items():
+            marks = [mark for mark in self.values() if mark.part == name]
+            if own or marks:
+                yield Part(name, tuple(own), round(sum(m.bytes for m in marks)), round(sum(m.ops for m in marks)))
+
+
+# ---- what is captured ---------------------------------------------------------------------------------------------
+
+
+def one_of_each(config: ModelConfig) -> ModelConfig:
+    """A model with one layer of each kind that there is."""
+    kinds = tuple(sorted(set(config.recurrent), reverse=True))
+    return replace(config, layers=len(kinds), recurrent=kinds)
+
+
+def captured(run, *args) -> TinyJit:
+    replay = TinyJit(run)
+    replay.cnt = 1          # capture at the first call
+    replay(*args)
+    return replay
+
+
+def count_layer(engine: Engine, index: int, tokens: int, depth: int) -> tuple[Part, ...]:
+    """One layer alone, as the model calls it."""
+    w, part = engine.weights.layers[index], engine.state.layers[index]
+
+    def run(x: Tensor, start: UOp, valid: UOp | None) -> Tensor:
+        rows = engine.table[start:start + tokens]
+        return run_layer(x, w, engine.config, engine.recipe, part, rows, start, valid).contiguous().realize()
+    replay = captured(run, Tensor.empty(tokens, engine.config.hidden).realize(), *bound(engine, tokens, depth))
+    return tuple(Marks(engine.config, tokens, depth).layer(w, part).parts(replay))
+
+
+def count_mtp(engine: Engine, tokens: int, depth: int) -> tuple[Part, ...]:
+    """The MTP block on a batch whose hidden states are there, and its logits after the last token."""
+    w, c = engine.weights, engine.config
+
+    def run(ids: Tensor, hidden: Tensor, start: UOp, valid: UOp | None) -> Tensor:
+        out = forward_mtp(ids, hidden, w, c, engine.recipe, engine.state, engine.table, start)
+        last = tokens - 1 if valid is None else valid - 1
+        return linear(out[last].contiguous(), w.mtp.head).realize()
+    inputs = (Tensor.empty(tokens, dtype=dtypes.int32), Tensor.empty(tokens, c.hidden))
+    replay = captured(run, *(tensor.realize() for tensor in inputs), *bound(engine, tokens, depth))
+    return tuple(Marks(c, tokens, depth).mtp(w.mtp, engine.state.mtp).parts(replay))
+
+
+def count_ends(engine: Engine, layers: list[Group], tokens: int, depth: int) -> tuple[Part, ...]:
+    """What a step of the small model runs beside its layers: embedding, last norm and head."""
+    ids = Tensor.empty(tokens, dtype=dtypes.int32).realize()
+    engine.step("logits", ids, depth, tokens)
+    marks = Marks(engine.config, tokens, depth, tokens if engine.recipe.logits == "all" else 1)
+    marks.ends(engine.weights.embed, engine.weights.head)
+    marks.weight("norm", "norm", engine.weights.out_norm)
+
+    def nameless(calls: Iterable[Call]) -> Counter[Call]:
+        return Counter(replace(call, name="") for call in calls)
+    inside = nameless(call for group in layers for part in group.parts for call in part.calls)
+    found = {part.name: part for part in marks.parts(engine.steps["logits", tokens])}
+    rest = nameless(call for name, part in found.items() if name not in ("embedding", "head") for call in part.calls)
+    if inside - rest:
+        raise RuntimeError(f"layers run other kernels in a model than alone: {list(inside - rest)[:3]}")
+    return found["embedding"], replace(found["norm"], calls=tuple((rest - inside).elements())), found["head"]
+
+
+def bound(engine: Engine, tokens: int, depth: int) -> tuple[UOp, UOp | None]:
+    """The variables of a step: its first position, and how many of its tokens are text (None: all, always)."""
+    valid = UOp.variable("valid", 1, tokens).bind(tokens) if tokens > 1 else None
+    return engine.start.bind(depth), valid
+
+
+def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, depth: int = 0) -> list[Group]:
+    """Count one step of `tokens` tokens at position `depth`: each kind of layer, the ends, the MTP block."""
+    with Context(DEV="NULL", JIT=2):            # JIT=2 leaves the calls one by one
+        small, recipe = one_of_each(config), replace(recipe, capture="jit")
+        weights = RandomWeights(small, weight_format(format), recipe.projections == "fused", unfilled()).model()
+        engine = Engine(weights, small, recipe, context=depth + tokens, batches=(tokens,))
+        groups = [Group(NAMES[kind], config.recurrent.count(kind), count_layer(engine, index, tokens, depth))
+                  for index, kind in enumerate(small.recurrent)]
+        ends = Group("before and after them", 1, count_ends(engine, groups, tokens, depth))
+        mtp = [Group("MTP block", 1, count_mtp(engine, tokens, depth))] if config.mtp_blocks else []
+        return [*groups, ends, *mtp]
+
+
+def total(groups: list[Group]) -> Counts:
+    """All of a step."""
+    return sum((group.counts for group in groups), Counts())
+
+
+# ---- for people and programs --------------------------------------------------------------------------------------
+
+
+def ideal(groups: list[Group]) -> tuple[int, int]:
+    """Bytes and operations of a step that wastes nothing."""
+    parts = [(group.times, part) for group in groups for part in group.parts]
+    return sum(times * p.ideal_bytes for times, p in parts), sum(times * p.ideal_ops for times, p in parts)
+
+
+def seconds(groups: list[Group], roof: Roofline) -> float:
+    """The least time of all kernels, one after the other."""
+    return sum(group.times * part.seconds(roof) for group in groups for part in group.parts)
+
+
+def as_table(title: str, groups: list[Group], roof: Roofline | None) -> Table:
+    """A step as a table for rich to print; without a roofline it has no times."""
+    table = Table("part", *(["kernels", "bytes", "ideal bytes", "operations"] + ["at least"] * (roof is not None)),
+                  title=title, title_justify="left", box=box.SIMPLE)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(name: str, counts: Counts, bytes: int, least: float, style: str = "", end: bool = False) -> None:
+        times = [in_units(least, "s")] if roof else []
+        table.add_row(name, f"{counts.kernels:,}", in_units(counts.bytes, "B"), in_units(bytes, "B"),
+                      in_units(counts.ops, "OP"), *times, style=style, end_section=end)
+    for group in groups:
+        bytes, _ = ideal([group])
+        add(f"{group.times} {group.name}" if group.times > 1 else group.name, group.counts, bytes,
+            seconds([group], roof) if roof else 0, "bold")
+        for part in group.parts:
+            many = Group(part.name, group.times, (part,))
+            add("  " + part.name, many.counts, group.times * part.ideal_bytes,
+                seconds([many], roof) if roof else 0, end=part is group.parts[-1])
+    add("total", total(groups), ideal(groups)[0], seconds(groups, roof) if roof else 0, "bold")
+    return table
+
+
+def as_record(groups: list[Group], roof: Roofline | None) -> dict:
+    """A step for JSON. Figures of a part are of one layer; the total's are of the whole model."""
+    def figures(counts: Counts, bytes: int, ops: int, least: float | None) -> dict:
+        return vars(counts) | {"ideal_bytes": bytes, "ideal_ops": ops, "seconds": least}
+    return {"total": figures(total(groups), *ideal(groups), seconds(groups, roof) if roof else None),
+            "groups": [{"name": group.name, "times": group.times, "parts": {
+                part.name: figures(part.counts, part.ideal_bytes, part.ideal_ops, part.seconds(roof) if roof else None)
+                for part in group.parts}} for group in groups]}
+
+
+def roof_for(bandwidth: float | None, speed: float | None) -> tuple[Roofline | None, str]:
+    """The roofline asked for (GB/s, TFLOP/s), what is left open taken from the GPU whose measured roofline lies in
+    data/results/ (speed: in half precision); None if there is none. Also returns where it comes from."""
+    stored = [result for result in read_results("roofline", local=False) if result.device.backend == "CUDA"]
+    if stored:
+        roof, source = from_result(stored[0]), f"as measured on an {stored[0].device.name}"
+        roof = replace(roof, speed=roof.half_speed)
+    elif bandwidth and speed:
+        roof, source = Roofline("given", 0.0, 0.0, 0.0, 0.0, 0.0), ""
+    else:
+        return None, ""
+    if bandwidth or speed:
+        source = "as given" if bandwidth and speed else f"as given, else {source}"
+        roof = replace(roof, bandwidth=(bandwidth or roof.bandwidth / 1e9) * 1e9,
+                       speed=(speed or roof.speed / 1e12) * 1e12, launch=0.0)
+    return roof, source
+
+
+def limits(roof: Roofline) -> str:
+    """A roofline in words."""
+    launch = f" and {in_units(roof.launch, 's')} a launch" if roof.launch else ""
+    return f"{in_units(roof.bandwidth, 'B/s')}, {in_units(roof.speed, 'FLOP/s')}{launch}"
+
+
+def summary(groups: list[Group], tokens: int, roof: Roofline | None) -> list[str]:
+    """What a roofline makes of a step: of its kernels, and of what would do. (The MTP block is in it, if counted.)"""
+    if roof is None:
+        return []
+    bytes, ops = ideal(groups)
+    kernels, least = seconds(groups, roof), roof.seconds(bytes, ops)
+    return [f"these kernels: at least {in_units(kernels, 's')}, {tokens / kernels:,.0f} tokens/s at most; ideal bytes "
+            f"and operations: {in_units(least, 's')}, {tokens / least:,.0f} tokens/s"]

@@ -1,0 +1,99 @@
+"""The graph of llama.cpp's first port of the model: right, with a copy wherever an operation wanted its input tidy.
+
+`copies="everywhere"` runs these forms instead of those in `delta_net` and `attention`; they are equal. Each copy below
+stands where llama.cpp had one before #19375, which removed them one by one; chapter 08 does the same. Results that an
+operation of ggml writes to memory are written here too (`contiguous`), so that the same things are copied as there.
+"""
+from tinygrad import Tensor, UOp
+
+from minillama.attention import attend, keys_and_values
+from minillama.config import ModelConfig
+from minillama.delta_net import causal_conv, chunked, inverse_of_unit_lower, recurrent
+from minillama.layers import l2_norm, linear, project, rms_norm
+from minillama.weights import AttentionWeights, DeltaNetWeights
+
+
+def copied(x: Tensor) -> Tensor:
+    """x written to memory, then read and written once more: a copy that no compiler may leave out."""
+    fresh = Tensor.invalids(*x.shape, dtype=x.dtype, device=x.device).uop
+    return Tensor(fresh.after(fresh.src[0].store(x.contiguous().uop)))
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Shared heads written out: (tokens, k_heads, dim) -> (tokens, heads, dim), a copy per head that shares."""
+    tokens, k_heads, dim = x.shape
+    return copied(x.unsqueeze(2).expand(tokens, k_heads, heads // k_heads, dim).reshape(tokens, heads, dim))
+
+
+def chunked_with_copies(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor,
+                        chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """`delta_net.chunked` as the first port had it; heads are repeated already. Arguments and results as there."""
+    tokens, heads, dim = v.shape
+    if tokens == 1:
+        return recurrent_with_copies(q, k, v, g, beta, state)
+    chunk = min(chunk, tokens)
+
+    def chunks(x: Tensor) -> Tensor:                # a permuted copy, then another as the input of the padding
+        return copied(copied(x.reshape(tokens // chunk, chunk, *x.shape[1:]).permute(2, 0, 1, *range(3, x.ndim + 1))))
+
+    q, k, v, g, beta = chunks(q * dim ** -0.5), chunks(k), chunks(v), chunks(g), chunks(beta).unsqueeze(-1)
+    total = g.cumsum(axis=-1).unsqueeze(-1).contiguous()
+    lower = Tensor.ones(chunk, chunk).tril().contiguous()                   # masks were inputs, read from memory
+    since = copied(((total - total.transpose(-1, -2)) * lower).exp() * lower)
+    among = copied((((k * beta) @ k.transpose(-1, -2)).contiguous() * since).tril(-1))
+    solve = copied(inverse_of_unit_lower(among).transpose(-1, -2)).transpose(-1, -2)
+    write = copied((solve @ copied((v * beta).transpose(-1, -2)).transpose(-1, -2)).contiguous())
+    erase = copied((solve @ copied((k * beta * total.exp()).transpose(-1, -2)).transpose(-1, -2)).contiguous())
+    end, out = total[..., -1:, :], None
+    for n in range(tokens // chunk):
+        turned = copied(state.transpose(-1, -2)).transpose(-1, -2)          # the state turned over for every chunk
+        new = (write[:, n] - erase[:, n] @ turned).contiguous()
+        inside = (q[:, n] @ k[:, n].transpose(-1, -2) * since[:, n]).contiguous()
+        part = (copied(q[:, n] * total[:, n].exp()) @ turned + inside @ new).contiguous()
+        keys = copied((k[:, n] * (end[:, n] - total[:, n]).exp()).transpose(-1, -2))
+        state = (state * end[:, n].exp() + keys @ new).contiguous()
+        out = part if out is None else copied(out.cat(part, dim=1))         # all chunks so far, again and again
+    return copied(out.transpose(0, 1)), state
+
+
+def recurrent_with_copies(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor,
+                          ) -> tuple[Tensor, Tensor]:
+    """`delta_net.recurrent` with every token's operands copied out of their batch, and the result turned back."""
+    outs = []
+    for t in range(v.shape[0]):
+        now = [copied(x[t:t + 1]) for x in (q, k, v, g, beta)]
+        out, state = recurrent(*now, copied(state.transpose(-1, -2)).transpose(-1, -2))
+        outs.append(copied(out))
+    return (outs[0] if len(outs) == 1 else copied(outs[0].cat(*outs[1:]))), state
+
+
+WITH_COPIES = {recurrent: recurrent_with_copies, chunked: chunked_with_copies}
+
+
+def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window: Tensor, state: Tensor,
+              valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`delta_net.delta_net` with the first port's copies. Arguments and results as there."""
+    tokens, c = x.shape[0], config
+    channels, z, b, a = project(x, w.inputs, (c.conv_channels, c.value_width, c.v_heads, c.v_heads))
+    past = copied(window.cat(channels, dim=0))
+    qkv = causal_conv(past, w.conv).contiguous()
+    q, k, v = (copied(part.reshape(tokens, -1, c.state_dim))
+               for part in qkv.split([c.key_width, c.key_width, c.value_width], dim=-1))
+    q, k = (l2_norm(repeated(part, v.shape[1])).contiguous() for part in (q, k))        # twice the rows to normalise
+    g = ((copied(a) + w.dt_bias).softplus() * w.a).reshape(tokens, -1)
+    beta = copied(b).sigmoid().reshape(tokens, -1)
+    if valid is not None:
+        g, beta = g * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
+    out, state = WITH_COPIES.get(delta, delta)(q, k, v, g, beta, state)
+    gated = rms_norm(out, w.norm, c.norm_eps) * copied(z.reshape(out.shape)).silu()
+    return linear(gated.reshape(*x.shape[:-1], c.value_width), w.out), past, state
+
+
+def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, start: int | UOp = 0,
+              cache=None) -> Tensor:
+    """`attention.attention` with the first port's copies of query and gate. Arguments and result as there."""
+    q, gate, k, v = keys_and_values(x, w, config, table)
+    if cache is not None:
+        k, v = cache.write(k, v, start)
+    out = attend(copied(q), k, v, start) * copied(gate).sigmoid()
+    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out)

@@ -1,0 +1,102 @@
+"""The ladder: from the first port to the best recipe, one field a rung, each answering six questions.
+
+`minillama ladder` measures every rung in a process of its own, in alternating order; `--ablate` measures the best
+recipe with one field put back at a time, which is how a single decision is judged.
+"""
+from dataclasses import dataclass, fields, replace
+
+from minillama.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What each optimization must answer; the questions are those of tiny-llm's performance appendix."""
+    invariant: str      # what must stay true
+    faster: str         # why it should be faster
+    wins: str           # where it wins
+    loses: str          # where it loses
+    fallback: str       # what one falls back to
+    deceives: str       # how its benchmark could deceive
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder. `again`: the pull request or idea it re-creates; `chapter`: where it is derived."""
+    name: str
+    chapter: str
+    again: str
+    recipe: Recipe
+    ledger: Ledger
+
+
+NAIVE = Recipe(delta="recurrent", experts="dense", copies="everywhere", capture="eager", logits="all",
+               projections="separate")
+
+STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
+    ("naive", "07", "llama.cpp #16095: correctness only", {}, Ledger(
+        "it is the judge of all that follows: logits within 5e-4 of transformers",
+        "it is not", "reading it", "everywhere else", "nothing lies below it",
+        "its time is Python's: compare counts, or capture it first")),
+    ("chunked", "05", "the chunked form that #16095 already had for prompts", {"delta": "chunked"}, Ledger(
+        "out and state equal the recurrence's, also across a chunk boundary and after padding",
+        "64 dependent steps become a few products of matrices", "prompts: the longer, the more",
+        "one token: the chunk's bookkeeping buys nothing, and the decode form stays the same work",
+        "`delta=recurrent`", "short prompts are padded to a batch: time per token, at a stated batch")),
+    ("gathered", "06", "ggml_mul_mat_id: only the experts that were picked", {"experts": "gathered"}, Ledger(
+        "the weighted sum over the chosen experts is unchanged",
+        "a token reads `used` experts of all", "decoding, and models with many experts",
+        "batches that use every expert anyway: each token then reads its experts again", "`experts=dense`",
+        "with few experts the two read nearly the same; count bytes on the real shapes")),
+    ("no-copies", "08", "#19375", {"copies": "none"}, Ledger(
+        "the same numbers pass through the same formulas, read where they lie",
+        "a copy reads and writes everything and computes nothing", "prompts and decoding alike",
+        "where a strided read is slower than copying once and reading straight many times", "`copies=everywhere`",
+        "eager time hides it behind Python; a fusing compiler never makes most copies that ggml made")),
+    ("captured", "09", "#19521, #19645: graphs that engage", {"capture": "jit"}, Ledger(
+        "20 captured steps give what 20 plain steps give", "Python builds the graph once instead of every token",
+        "decoding: hundreds of small kernels a token", "a shape that occurs once is captured for nothing",
+        "`capture=eager`", "the first call of every size costs seconds: report it apart")),
+    ("last-row", "10", "llama.cpp's output rows: the head for the last token only", {"logits": "last"}, Ledger(
+        "the last row's logits", "the head is vocabulary × hidden for every row that nobody reads", "prompts",
+        "nowhere: with one row it is the same work", "`logits=all`",
+        "a small vocabulary makes the head look cheap")),
+    ("pruned", "10", "constants computed once", {"capture": "prune"}, Ledger(
+        "every kernel that depends on a token, a position or a state is replayed",
+        "kernels that depend on weights alone run once, at capture", "graphs that prepare weights in every step",
+        "graphs without such kernels: nothing changes", "`capture=jit`",
+        "a position or a state that is no input is frozen without a word: compare at several positions")),
+    ("fused-projections", "11", "one product per input, not one per weight", {"projections": "fused"}, Ledger(
+        "rows of a product do not know of each other", "x is read once, and one kernel starts where four did",
+        "decoding small models, where kernels are short", "batches, if slicing the result costs a copy",
+        "`projections=separate`", "weights are stacked when loaded: the loading time is not in it")),
+]
+
+
+def build_ladder() -> tuple[Rung, ...]:
+    """The rungs in order, each the one before with one field changed."""
+    recipe, rungs = NAIVE, []
+    for name, chapter, again, change, ledger in STEPS:
+        recipe = replace(recipe, **change)
+        rungs.append(Rung(name, chapter, again, recipe, ledger))
+    return tuple(rungs)
+
+
+LADDER = build_ladder()
+
+
+def read_recipe(text: str) -> Recipe:
+    """A rung's recipe by its name, or "field=value,field=value" on top of the default one. Raises ValueError."""
+    named = {rung.name: rung.recipe for rung in LADDER}
+    if text and "=" not in text and text not in named:
+        raise ValueError(f"recipe: {text!r} is neither a rung ({', '.join(named)}) nor field=value")
+    return named[text] if text in named else Recipe.parse(text)
+
+
+def ablations(best: Recipe) -> dict[str, Recipe]:
+    """The best recipe, and it with one field at a time put back to the naive one; names are "-field".
+
+    `delta` is put back too, though prompts then take very long graphs: measure it with a short prompt.
+    """
+    back = {f"-{field.name}": replace(best, **{field.name: getattr(NAIVE, field.name)}) for field in fields(Recipe)
+            if getattr(best, field.name) != getattr(NAIVE, field.name)}
+    return {"best": best} | back

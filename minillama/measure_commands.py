@@ -1,0 +1,175 @@
+"""The commands that measure: `bench` and `count`. Their options, and the way from options to what the modules want.
+
+As in `commands.py`, what needs tinygrad is imported when a command runs.
+"""
+import argparse
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+
+
+def numbers(low: int, count: int | None = None) -> Callable[[str], list[int]]:
+    """An argument's type: integers not below `low` between commas, `count` of them or any number."""
+    def parse(text: str) -> list[int]:
+        try:
+            values = [int(part) for part in text.split(",")]
+            if min(values) >= low and count in (None, len(values)):
+                return values
+        except ValueError:
+            pass
+        many = f"{count} integers" if count else "integers"
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {many} from {low} up between commas")
+    return parse
+
+
+def one(low: int) -> Callable[[str], int]:
+    return lambda text: numbers(low, 1)(text)[0]
+
+
+def positive(text: str) -> float:
+    """An argument's type: a number above 0."""
+    try:
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number above 0")
+
+
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layers", type=one(1), metavar="N", help="as many layers, in the model's pattern")
+    parser.add_argument("--format", default="F16", help="of the random weights (default: F16)")
+    parser.add_argument("--mtp", action="store_true", help="with the multi-token-prediction block")
+    parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,…", help="how the engine computes")
+
+
+def add_parsers(kinds: argparse._SubParsersAction) -> None:
+    """Add both commands to a parser's."""
+    about = "speed of prompts and generation, by llama-bench's procedure and names"
+    bench = kinds.add_parser("bench", help=about, description=about)
+    bench.set_defaults(run=run_bench)
+    model = bench.add_mutually_exclusive_group(required=True)
+    model.add_argument("-m", "--model", metavar="FILE", help="a GGUF file, or any of its shards")
+    model.add_argument("--shape", metavar="NAME", help="random weights of a real model's shapes: qwen3-next-80b-a3b, …")
+    add_shape_options(bench)
+    many = "several values between commas"
+    bench.add_argument("-p", "--n-prompt", type=numbers(0), default=[512], help=f"default: 512; {many}")
+    bench.add_argument("-n", "--n-gen", type=numbers(0), default=[128], help=f"default: 128; {many}")
+    bench.add_argument("-pg", type=numbers(0, 2), default=[], action="append", metavar="P,N",
+                       help="a prompt and a generation timed together; may be repeated")
+    bench.add_argument("-d", "--n-depth", type=numbers(0), default=[0], help=f"tokens before (default: 0); {many}")
+    bench.add_argument("-ub", "--ubatch-size", type=numbers(1), default=[512], help=f"default: 512; {many}")
+    bench.add_argument("-r", "--repetitions", type=one(1), default=5, help="default: 5")
+    bench.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md", help="default: md")
+    bench.add_argument("--save", action="store_true", help="keep the result in data/results/local/")
+
+    about = "kernels, bytes and operations of a real model's steps, with no GPU and no weights"
+    count = kinds.add_parser("count", help=about, description=about)
+    count.set_defaults(run=run_count)
+    count.add_argument("--shape", metavar="NAME", required=True, help="qwen3-next-80b-a3b, qwen3-coder-next or tiny")
+    add_shape_options(count)
+    count.add_argument("-p", "--n-prompt", type=one(0), default=512, help="tokens of the batch (default: 512; 0: none)")
+    count.add_argument("-d", "--n-depth", type=one(0), default=0, help="tokens before (default: 0)")
+    count.add_argument("--bandwidth", type=positive, metavar="GB/s", help="default: as measured on the project's GPU")
+    count.add_argument("--speed", type=positive, metavar="TFLOP/s", help="default: as measured, in half precision")
+    count.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: table")
+
+
+# ---- bench --------------------------------------------------------------------------------------------------------
+
+
+def bench_weights(args: Namespace, recipe):
+    """The weights to run, their config, and what they are: `bench.Subject`."""
+    from minillama import bench, shapes
+    from minillama.commands import open_model, with_layer_bar
+    from minillama.results import Model
+    fused = recipe.projections == "fused"
+    if args.shape:
+        config = shapes.shape_config(args.shape, args.layers, args.mtp)
+        whole = shapes.shape_config(args.shape).layers
+        weights = shapes.random_weights(config, args.format, fused, progress=with_layer_bar)
+        name = args.shape if config.layers == whole else f"{args.shape} {config.layers} of {whole} layers"
+        model, parameters = Model(name, args.format, config.layers), shapes.parameters(config)
+    else:
+        from minillama.gguf import GGUF
+        from minillama.weights import load_weights
+        config, _ = open_model(args.model)
+        file = GGUF(args.model)
+        weights = load_weights(file, config, fused, progress=with_layer_bar)
+        model, parameters = Model(config.name, file_format(file), config.layers), shapes.parameters(config, file.tensors)
+    return weights, config, bench.Subject(args.model or "", model, shapes.weight_bytes(weights), parameters)
+
+
+def file_format(file) -> str:
+    """The format that holds most of a file's bytes. (On the device all are float32 so far; the size shown is that.)"""
+    sizes: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
+    return max(sizes, key=sizes.get)
+
+
+def run_bench(args: Namespace) -> None:
+    from minillama.commands import open_device, open_model, say
+    if args.model:
+        open_model(args.model)      # a file that is none is found out before a device is opened
+    open_device()
+    from minillama import bench
+    from minillama.recipe import Recipe
+    from minillama.results import write_result
+    recipe = Recipe.parse(args.recipe)
+    tests = bench.tests_of(args.n_prompt, args.n_gen, args.pg, args.n_depth)
+    if not tests:
+        raise ValueError("there is nothing to measure: give -p, -n or -pg a number above 0")
+    for batch in args.ubatch_size:
+        bench.batches_for(batch)
+    weights, config, subject = bench_weights(args, recipe)
+    done = []
+
+    def watched():
+        for m in bench.measure(weights, config, recipe, tests, args.ubatch_size, args.repetitions):
+            done.append(m)
+            say(f"{m.test.name}: set up before the first sample: building {m.clocks.build / 1e9:.2f} s, "
+                f"compiling {m.clocks.compile / 1e9:.2f} s")
+            yield m
+    for text in bench.OUTPUTS[args.output](subject, watched()):
+        print(text, end="", flush=True)
+    if args.save:
+        say(f"wrote {write_result(bench.as_result(subject, done))}")
+
+
+# ---- count --------------------------------------------------------------------------------------------------------
+
+
+def run_count(args: Namespace) -> None:
+    if "tinygrad" not in sys.modules:
+        os.environ["DEV"] = "NULL"          # nothing here needs a device, so none that is missing shall be in the way
+    from rich.console import Console
+
+    from minillama import count
+    from minillama.recipe import Recipe
+    from minillama.shapes import parameters, shape_config, weight_format
+    config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
+    weight_format(args.format)
+    console = Console(stderr=True)
+    steps = [(1, f"one token at position {args.n_depth}")]
+    steps += [(args.n_prompt, f"a batch of {args.n_prompt} tokens")] if args.n_prompt > 1 else []
+    roof, source = count.roof_for(args.bandwidth, args.speed)
+    records = []
+    for tokens, title in steps:
+        with console.status(f"building {title}"):
+            groups = count.count_step(config, recipe, args.format, tokens, args.n_depth)
+        if args.output == "json":
+            records.append({"tokens": tokens, "depth": args.n_depth} | count.as_record(groups, roof))
+        else:
+            Console(highlight=False).print(count.as_table(title, groups, roof))
+            print(*count.summary(groups, tokens, roof), sep="\n")
+    if args.output == "json":
+        print(json.dumps({"model": args.shape, "layers": config.layers, "format": args.format, "mtp": args.mtp,
+                          "parameters": parameters(config), "recipe": recipe.names(),
+                          "roofline": None if roof is None else {"source": source, "bandwidth": roof.bandwidth,
+                                                                 "speed": roof.speed, "launch": roof.launch},
+                          "steps": records}, indent=2, ensure_ascii=False))
+    elif roof:
+        print(f"At least: every kernel in turn, at {count.limits(roof)} ({source}).")

@@ -1,0 +1,142 @@
+"""Every recipe gives the same logits; captured steps equal eager ones; recipes have names that files can hold."""
+import json
+import sys
+
+import numpy as np
+import oracle
+import pytest
+from oracle import TOLERANCE, difference, prompt
+from tinygrad import Tensor
+
+from minillama.delta_net import recurrent
+from minillama.engine import Engine
+from minillama.recipe import CHOICES, Recipe
+from minillama.sampling import Sampler
+
+host = pytest.mark.host
+PROMPT = prompt(0, 13)      # one batch of 8, five of 1: the recurrent form of longer ones is a long graph
+calls = []
+
+
+def my_delta(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """What a learner may plug in."""
+    calls.append(v.shape)
+    return recurrent(q, k, v, g, beta, state)
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    """Of the default recipe, on the first period of layers: three delta nets and one attention."""
+    return oracle.first_layers(oracle.shared_engine()).logits(PROMPT)
+
+
+@pytest.mark.parametrize(("field", "value"), (("delta", "recurrent"), ("experts", "dense"), ("logits", "all"),
+                                              ("capture", "eager")))
+def test_every_form_gives_the_same_logits(field, value, logits):
+    assert value != getattr(Recipe(), field), "this is the default, which is what the others are held against"
+    engine = oracle.first_layers(oracle.shared_engine(), **{field: value})
+    assert difference(engine.logits(PROMPT), logits) <= TOLERANCE
+
+
+def test_separate_projections_give_the_same_logits(logits):
+    engine = oracle.load(oracle.HERE / "ref-a-F32.gguf", Recipe(projections="separate"))
+    assert difference(oracle.first_layers(engine).logits(PROMPT), logits) <= TOLERANCE
+
+
+def test_a_function_of_your_own_can_be_plugged_in(logits):
+    calls.clear()
+    engine = oracle.first_layers(oracle.shared_engine()).with_recipe(delta=my_delta)
+    assert difference(engine.logits(PROMPT), logits) <= TOLERANCE
+    heads, dim = engine.config.v_heads, engine.config.state_dim
+    assert (8, heads, dim) in calls and (1, heads, dim) in calls, f"it was called with v of shapes {set(calls)}"
+
+
+def test_an_engine_with_another_recipe_has_a_state_of_its_own():
+    engine = oracle.first_layers(oracle.shared_engine())
+    engine.feed(PROMPT[:8])
+    other = engine.with_recipe(experts="dense")
+    assert other.position == 0 and engine.position == 8
+    assert other.weights is engine.weights and other.recipe.experts == "dense"
+    assert not any(one is theirs for one, theirs in zip(engine.state.tensors(), other.state.tensors(), strict=True))
+    with pytest.raises(ValueError, match="when a file is loaded"):
+        engine.with_recipe(projections="separate")
+
+
+# ---- capture -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Engine, Engine]:
+    """The same engine, captured and eager. Captured forms that are misused go wrong without a word."""
+    return tuple(oracle.first_layers(oracle.shared_engine(), capture=capture) for capture in ("jit", "eager"))
+
+
+def test_captured_steps_equal_eager_ones_over_twenty_tokens(pair):
+    for engine in pair:
+        engine.clear()
+        engine.feed(PROMPT[:8])
+    for step, token in enumerate(prompt(1, 20)):
+        captured, eager = (engine.logits([token]) for engine in pair)
+        assert difference(captured, eager) <= 1e-5, f"at step {step}"
+
+
+@pytest.mark.parametrize("sampler", (Sampler(), Sampler(temperature=1.0, top_k=40, top_p=0.9, seed=3)),
+                         ids=("greedy", "sampled"))
+def test_captured_generation_gives_the_tokens_of_eager_generation(pair, sampler):
+    texts = []
+    for engine in pair:
+        engine.clear()
+        texts.append(list(engine.generate(PROMPT[:8], 20, sampler)))
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 20
+
+
+def test_the_captured_step_follows_the_state_that_other_steps_wrote(pair):
+    """Steps of size 8 and of size 1 take turns on one state, replayed many times over."""
+    ids = prompt(2, 54)
+    for engine in pair[:1]:
+        engine.clear()
+        got = []
+        for start in range(0, 54, 9):
+            engine.feed(ids[start:start + 8])
+            got.append(engine.logits(ids[start + 8:start + 9]))
+    eager = pair[1]
+    eager.clear()
+    want = eager.all_logits(ids)[8::9]
+    assert difference(np.stack(got), want) <= TOLERANCE
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+
+@host
+def test_a_recipe_is_read_from_a_command_line():
+    assert Recipe.parse("") == Recipe()
+    assert Recipe.parse("delta=recurrent, capture=eager") == Recipe(delta="recurrent", capture="eager")
+
+
+@host
+@pytest.mark.parametrize(("text", "message"), (
+    ("delta", "not field=value"), ("speed=11", "not field=value with a field of"), ("delta=quantum", "one of recurrent"),
+    ("capture=json:dumps", "one of eager"), ("delta=no_such_module:f", "cannot be imported"),
+    ("experts=json:no_such_name", "cannot be imported")))
+def test_a_recipe_that_means_nothing_is_refused_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Recipe.parse(text)
+    assert str(caught.value).startswith("recipe: ") and "\n" not in str(caught.value)
+
+
+@host
+def test_names_go_into_json_and_come_back():
+    for field, choices in CHOICES.items():
+        for value in choices:
+            names = json.loads(json.dumps(Recipe(**{field: value}).names()))
+            assert names[field] == value and Recipe(**names) == Recipe(**{field: value})
+
+
+@host
+def test_a_function_is_stored_by_module_and_name_and_found_again(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_kernels", sys.modules[__name__])
+    assert Recipe(delta=my_delta).names()["delta"] == f"{__name__}:my_delta"
+    assert Recipe.parse("delta=my_kernels:my_delta").form("delta") is my_delta
+    assert Recipe.parse("delta=my_kernels:my_delta").names()["delta"] == "my_kernels:my_delta"
