@@ -17,7 +17,7 @@ NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 \
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: lab test test-fast demo lint clean env
+.PHONY: lab test test-fast demo lint clean env ladder results
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +40,12 @@ lab: $(STAMP)
 demo: $(STAMP)
 	@dev=$${DEV:-$$(python -m minillama.devices --best)} && \
 	    DEV=$$dev python -m minillama generate $(MODEL) -p "$(PROMPT)" -n 64 $(ARGS)
+
+ladder: $(STAMP)
+	@dev=$${DEV:-$$(python -m minillama.devices --best)} && DEV=$$dev python -m minillama ladder $(ARGS)
+
+results: $(STAMP)
+	DEV=CPU python -m minillama.report
 
 lint: $(STAMP)
 	ruff check .

@@ -29,7 +29,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Test:
+class Trial:
     """Tokens of the prompt and of the generation that are timed, and of the text before them."""
     prompt: int
     generated: int
@@ -49,11 +49,12 @@ class Test:
 @dataclass(frozen=True)
 class Subject:
     """What is measured: `file` as the user named it, `model` for the result file, its size in bytes on the device, the
-    number of its parameters."""
+    number of its parameters; the batch sizes it runs with."""
     file: str
     model: Model
     bytes: int
     parameters: int
+    batches: tuple[int, ...] = BATCHES[:1]
 
     @property
     def kind(self) -> str:
@@ -64,7 +65,7 @@ class Subject:
 @dataclass(frozen=True)
 class Measured:
     """One test's samples, each for all of its tokens; `clocks` are those of the warm-up run, in nanoseconds."""
-    test: Test
+    test: Trial
     batch: int
     recipe: Recipe
     samples_ns: list[int]
@@ -77,12 +78,20 @@ class Measured:
         return [1e9 * self.test.tokens / sample for sample in self.samples_ns]
 
 
-def tests_of(prompts: Iterable[int], generations: Iterable[int], pairs: Iterable[tuple[int, int]],
-             depths: Iterable[int]) -> list[Test]:
+def trials(prompts: Iterable[int], generations: Iterable[int], pairs: Iterable[tuple[int, int]],
+             depths: Iterable[int]) -> list[Trial]:
     """All combinations, in llama-bench's order; a count of 0 leaves a test out."""
     pairs = list(pairs)
     kinds = [(p, 0) for p in prompts] + [(0, n) for n in generations] + pairs
-    return [Test(p, n, depth) for depth in depths for p, n in kinds if p or n]
+    return [Trial(p, n, depth) for depth in depths for p, n in kinds if p or n]
+
+
+def check_room(tests: list[Trial], config: ModelConfig) -> int:
+    """The context that all tests fit into, in tokens. Raises ValueError where the model has no such context."""
+    context = max(test.tokens + test.depth for test in tests)
+    if context > config.context:
+        raise ValueError(f"{context} tokens do not fit into the model's context of {config.context}")
+    return context
 
 
 def batches_for(largest: int) -> tuple[int, ...]:
@@ -127,7 +136,7 @@ class Bench:
             self.depth, self.kept = depth, [tensor.clone().realize() for tensor in tensors]
         synchronize()
 
-    def run(self, test: Test, repetitions: int) -> tuple[list[int], int]:
+    def run(self, test: Trial, repetitions: int) -> tuple[list[int], int]:
         """Warm up, then take the samples. Returns them, and what the warm-up took; all in nanoseconds."""
         began = time.perf_counter_ns()
         self.go_to(test.depth)
@@ -143,12 +152,10 @@ class Bench:
         return samples, warm
 
 
-def measure(weights: ModelWeights, config: ModelConfig, recipe: Recipe, tests: list[Test], batches: list[int],
-            repetitions: int) -> Iterator[Measured]:
+def measure(weights: ModelWeights, config: ModelConfig, recipe: Recipe, tests: list[Trial],
+            batches: tuple[int, ...], repetitions: int) -> Iterator[Measured]:
     """Run every test with every batch size. Raises ValueError, before anything runs, for a text that does not fit."""
-    context = max(test.tokens + test.depth for test in tests)
-    if context > config.context:
-        raise ValueError(f"{context} tokens do not fit into the model's context of {config.context}")
+    context = check_room(tests, config)
     sizes = [batches_for(batch) for batch in batches]
     for batch, these in zip(batches, sizes, strict=True):
         engine = ClockedEngine(weights, config, recipe, context=context, batches=these)
@@ -222,16 +229,16 @@ def changes(recipe: Recipe) -> str:
 
 
 def as_markdown(subject: Subject, measured: Iterable[Measured]) -> Iterator[str]:
-    """llama-bench's table, with a column for the batch and one for what the recipe changes where they vary."""
+    """llama-bench's table, with columns for a batch size and for a recipe that are not the default."""
     widths = {"model": -max(30, len(subject.kind)), "size": 10, "params": 10, "backend": 7, "n_ubatch": 8,
               "recipe": -30, "test": 15, "t/s": 20}       # a negative width: to the left
     for index, m in enumerate(measured):
         if not index:
-            skipped = {"n_ubatch"} & ({"n_ubatch"} if m.batch == BATCHES[0] else set())
-            skipped |= set() if changes(m.recipe) else {"recipe"}
-            widths = {name: width for name, width in widths.items() if name not in skipped}
+            standard = {"n_ubatch": subject.batches == BATCHES[:1], "recipe": not changes(m.recipe)}
+            widths = {name: width for name, width in widths.items() if not standard.get(name)}
             rules = ("-" * (abs(width) - 1) + ("-" if width < 0 else ":") for width in widths.values())
-            yield row_of(widths, {name: name for name in widths}) + row_of(widths, dict(zip(widths, rules, strict=True)))
+            yield row_of(widths, {name: name for name in widths})
+            yield row_of(widths, dict(zip(widths, rules, strict=True)))
         yield row_of(widths, {
             "model": subject.kind, "size": size_text(subject.bytes), "params": count_text(subject.parameters),
             "backend": this_device().backend, "n_ubatch": str(m.batch), "recipe": changes(m.recipe),

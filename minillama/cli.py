@@ -1,6 +1,7 @@
 """The command line: `python -m minillama COMMAND`, installed as `minillama`.
 
-Bad input ends in one line on stderr and exit status 2, Ctrl-C quietly in 130. What commands do is in `commands.py`.
+Bad input ends in one line on stderr and exit status 2, Ctrl-C quietly in 130. What commands do is in `commands.py`,
+and for those that measure, with their options, in `measure_commands.py`.
 """
 import argparse
 import os
@@ -56,7 +57,7 @@ def add_sampling_options(parser: Parser, count: int) -> None:
 
 def build_parser() -> Parser:
     """All commands with their options. (What they import takes a moment, in which Ctrl-C should be quiet already.)"""
-    from minillama import commands
+    from minillama import commands, measure_commands, train_command
     parser = Parser(prog="minillama", description="A Qwen3-Next inference engine in tinygrad. "
                     "The environment variable DEV chooses the device: METAL, CUDA, CL or CPU.")
     parser.add_argument("--version", action="version", version=f"minillama {__version__}")
@@ -105,6 +106,8 @@ def build_parser() -> Parser:
     made = command(commands.quantize, "write a model in another format")
     made.add_argument("output", metavar="OUT")
     made.add_argument("format", metavar="FORMAT", help="F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K …")
+    measure_commands.add_parsers(kinds)
+    train_command.add_parser(kinds)
     return parser
 
 

@@ -9,8 +9,8 @@ comes back to it. A batch of 512 tokens that gathers 10 experts each reads 5,120
 that there are, as if a cache held whatever is read again. *Ideal* stands beside it: each weight once (of the experts
 those that can have been picked), each state read and written once, each logit written, and nothing in between.
 
-A kernel belongs to the part whose weights or state it touches, of several to the last in the flow of data; one that
-touches none works on what a part before it left behind.
+A kernel belongs to the last part, in the flow of data, whose weights or state it touches or whose work it goes on
+with.
 """
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -35,13 +35,13 @@ from minillama.weights import AttentionWeights, LayerWeights, MTPWeights
 
 ORDER = ("embedding", "norm", "MTP input", "projections", "convolution", "delta rule", "attention",
          "output projection", "router", "shared expert", "experts", "head")
-NAMES = {True: "Gated DeltaNet layers", False: "attention layers"}
+NAMES = {True: "Gated DeltaNet", False: "gated attention"}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A buffer by which the kernels of a part are known. `then`: the part of kernels that go on with its results and
-    touch no marked buffer. `bytes` and `ops`: what a step must move of it and do with it, if nothing is wasted."""
+    """A buffer by which the kernels of a part are known. `then`: the part that goes on with what they leave behind.
+    `bytes` and `ops`: what a step must move of the buffer and do with it, if nothing is wasted."""
     part: str
     then: str
     bytes: float = 0.0
@@ -104,16 +104,17 @@ class Marks(dict[UOp, Mark]):
                 rows = (self.depth + self.tokens) / cache.shape[0]
                 self[cache.uop.base] = Mark("attention", "attention", cache.nbytes() * rows)
         else:
-            self.weight("projections", "delta rule", *w.mixer.inputs)
+            self.weight("projections", "convolution", *w.mixer.inputs)
             self.weight("convolution", "delta rule", w.mixer.conv)
             self.weight("delta rule", "delta rule", w.mixer.dt_bias, w.mixer.a, w.mixer.norm)
             for tensor, part in ((state.window, "convolution"), (state.memory, "delta rule")):
-                self[tensor.uop.base] = Mark(part, "delta rule", 2 * tensor.nbytes())
+                self[tensor.uop.base] = Mark(part, part, 2 * tensor.nbytes())
         self.weight("output projection", "norm", w.mixer.out)
         self.weight("router", "router", w.experts.router)
         self.weight("shared expert", "shared expert", w.experts.shared_gate, *w.experts.shared_inputs,
                     w.experts.shared_down)
-        self.weight("experts", "experts", *w.experts.gate_up, w.experts.down, picked=picked, share=used)
+        self.weight("experts", "experts", *w.experts.gate_up, picked=picked, share=used)
+        self.weight("experts", "norm", w.experts.down, picked=picked, share=used)
         return self
 
     def mtp(self, w: MTPWeights, state: KVCache) -> "Marks":
@@ -135,12 +136,8 @@ class Marks(dict[UOp, Mark]):
         behind: dict[UOp, str] = {}             # buffer -> the part of whoever goes on with its present contents
         for call, uop in zip(calls, replay.captured.linear.src, strict=True):
             touched = [self[buffer.base] for buffer in uop.src[1:] if buffer.base in self]
-            read = [behind[buffer] for buffer in uop.src[1:] if buffer in behind]
-            if touched:
-                mark = max(touched, key=lambda mark: ORDER.index(mark.part))
-            else:
-                part = max(read, key=ORDER.index, default="norm")
-                mark = Mark(part, part)
+            left = [Mark(behind[buffer], behind[buffer]) for buffer in uop.src[2:] if buffer in behind]
+            mark = max([*touched, *left], key=lambda mark: ORDER.index(mark.part), default=Mark("norm", "norm"))
             found[mark.part].append(call)
             behind[uop.src[1]] = mark.then      # a kernel's first buffer is its output
         for name, own in found.items():
@@ -214,14 +211,19 @@ def bound(engine: Engine, tokens: int, depth: int) -> tuple[UOp, UOp | None]:
 
 
 def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, depth: int = 0) -> list[Group]:
-    """Count one step of `tokens` tokens at position `depth`: each kind of layer, the ends, the MTP block."""
+    """Count one step of `tokens` tokens at position `depth`: each kind of layer, the ends, the MTP block.
+
+    Raises ValueError for what the model has no room for, or no batches of.
+    """
+    if depth + tokens > config.context:
+        raise ValueError(f"{depth + tokens} tokens do not fit into the model's context of {config.context}")
     with Context(DEV="NULL", JIT=2):            # JIT=2 leaves the calls one by one
         small, recipe = one_of_each(config), replace(recipe, capture="jit")
         weights = RandomWeights(small, weight_format(format), recipe.projections == "fused", unfilled()).model()
         engine = Engine(weights, small, recipe, context=depth + tokens, batches=(tokens,))
         groups = [Group(NAMES[kind], config.recurrent.count(kind), count_layer(engine, index, tokens, depth))
                   for index, kind in enumerate(small.recurrent)]
-        ends = Group("before and after them", 1, count_ends(engine, groups, tokens, depth))
+        ends = Group("embedding and head", 1, count_ends(engine, groups, tokens, depth))
         mtp = [Group("MTP block", 1, count_mtp(engine, tokens, depth))] if config.mtp_blocks else []
         return [*groups, ends, *mtp]
 
@@ -247,19 +249,20 @@ def seconds(groups: list[Group], roof: Roofline) -> float:
 
 def as_table(title: str, groups: list[Group], roof: Roofline | None) -> Table:
     """A step as a table for rich to print; without a roofline it has no times."""
-    table = Table("part", *(["kernels", "bytes", "ideal bytes", "operations"] + ["at least"] * (roof is not None)),
-                  title=title, title_justify="left", box=box.SIMPLE)
+    columns = ["kernels", "copies", "bytes", "ideal", "operations"] + ["at least"] * (roof is not None)
+    table = Table("part", *columns, title=title, title_justify="left", box=box.SIMPLE,
+                  show_edge=False, padding=(0, 0, 0, 1))
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
 
     def add(name: str, counts: Counts, bytes: int, least: float, style: str = "", end: bool = False) -> None:
         times = [in_units(least, "s")] if roof else []
-        table.add_row(name, f"{counts.kernels:,}", in_units(counts.bytes, "B"), in_units(bytes, "B"),
-                      in_units(counts.ops, "OP"), *times, style=style, end_section=end)
+        table.add_row(name, f"{counts.kernels:,}", f"{counts.copies:,}", in_units(counts.bytes, "B"),
+                      in_units(bytes, "B"), in_units(counts.ops, ""), *times, style=style, end_section=end)
     for group in groups:
         bytes, _ = ideal([group])
-        add(f"{group.times} {group.name}" if group.times > 1 else group.name, group.counts, bytes,
+        add(f"{group.times} × {group.name}", group.counts, bytes,
             seconds([group], roof) if roof else 0, "bold")
         for part in group.parts:
             many = Group(part.name, group.times, (part,))

@@ -45,15 +45,14 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
 
     Arguments and results as `recurrent`; the token count must be a multiple of min(chunk, tokens). Within a chunk
     all writes are solved for at once (`inverse_of_unit_lower`); only the state passes from chunk to chunk.
-    One token is a step of the recurrence. Source: section 3.3 of the paper; llama.cpp #19375 keeps the state transposed
-    through this loop.
+    One token is a step of the recurrence. Source: section 3.3 of the paper; llama.cpp #19375 keeps the state
+    transposed through this loop.
     """
     tokens, heads, dim = v.shape
     if tokens == 1:
         return recurrent(q, k, v, g, beta, state)
     chunk = min(chunk, tokens)
-    if tokens > 1:
-        q, k = q.contiguous(), k.contiguous()       # several products read them: what makes them must not run in each
+    q, k = q.contiguous(), k.contiguous()           # several products read them: what makes them must not run in each
 
     def chunks(x: Tensor) -> Tensor:                                        # -> (heads, chunks, chunk, ...)
         return x.reshape(tokens // chunk, chunk, *x.shape[1:]).permute(2, 0, 1, *range(3, x.ndim + 1))

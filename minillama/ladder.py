@@ -63,7 +63,8 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("pruned", "10", "constants computed once", {"capture": "prune"}, Ledger(
         "every kernel that depends on a token, a position or a state is replayed",
         "kernels that depend on weights alone run once, at capture", "graphs that prepare weights in every step",
-        "graphs without such kernels: nothing changes", "`capture=jit`",
+        "graphs without such kernels, as ours today; and on CUDA, where every state, being an input, is written into "
+        "the graph anew at each replay", "`capture=jit`",
         "a position or a state that is no input is frozen without a word: compare at several positions")),
     ("fused-projections", "11", "one product per input, not one per weight", {"projections": "fused"}, Ledger(
         "rows of a product do not know of each other", "x is read once, and one kernel starts where four did",

@@ -19,8 +19,8 @@ def numbers(low: int, count: int | None = None) -> Callable[[str], list[int]]:
                 return values
         except ValueError:
             pass
-        many = f"{count} integers" if count else "integers"
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {many} from {low} up between commas")
+        kind = {None: "integers between commas", 1: "an integer"}.get(count, f"{count} integers between commas")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not {kind}, from {low} up")
     return parse
 
 
@@ -40,7 +40,7 @@ def positive(text: str) -> float:
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=one(1), metavar="N", help="as many layers, in the model's pattern")
-    parser.add_argument("--format", default="F16", help="of the random weights (default: F16)")
+    parser.add_argument("--format", help="of the random weights (default: F16)")
     parser.add_argument("--mtp", action="store_true", help="with the multi-token-prediction block")
     parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,…", help="how the engine computes")
 
@@ -52,7 +52,8 @@ def add_parsers(kinds: argparse._SubParsersAction) -> None:
     bench.set_defaults(run=run_bench)
     model = bench.add_mutually_exclusive_group(required=True)
     model.add_argument("-m", "--model", metavar="FILE", help="a GGUF file, or any of its shards")
-    model.add_argument("--shape", metavar="NAME", help="random weights of a real model's shapes: qwen3-next-80b-a3b, …")
+    model.add_argument("--shape", metavar="NAME", help="random weights in a real model's shapes, for example "
+                       "qwen3-next-80b-a3b")
     add_shape_options(bench)
     many = "several values between commas"
     bench.add_argument("-p", "--n-prompt", type=numbers(0), default=[512], help=f"default: 512; {many}")
@@ -70,7 +71,8 @@ def add_parsers(kinds: argparse._SubParsersAction) -> None:
     count.set_defaults(run=run_count)
     count.add_argument("--shape", metavar="NAME", required=True, help="qwen3-next-80b-a3b, qwen3-coder-next or tiny")
     add_shape_options(count)
-    count.add_argument("-p", "--n-prompt", type=one(0), default=512, help="tokens of the batch (default: 512; 0: none)")
+    count.add_argument("-p", "--n-prompt", type=one(0), default=512,
+                       help="tokens of the batch (default: 512; 0: no batch)")
     count.add_argument("-d", "--n-depth", type=one(0), default=0, help="tokens before (default: 0)")
     count.add_argument("--bandwidth", type=positive, metavar="GB/s", help="default: as measured on the project's GPU")
     count.add_argument("--speed", type=positive, metavar="TFLOP/s", help="default: as measured, in half precision")
@@ -80,26 +82,30 @@ def add_parsers(kinds: argparse._SubParsersAction) -> None:
 # ---- bench --------------------------------------------------------------------------------------------------------
 
 
-def bench_weights(args: Namespace, recipe):
+def bench_weights(args: Namespace, recipe, trials: list):
     """The weights to run, their config, and what they are: `bench.Subject`."""
     from minillama import bench, shapes
     from minillama.commands import open_model, with_layer_bar
     from minillama.results import Model
     fused = recipe.projections == "fused"
     if args.shape:
-        config = shapes.shape_config(args.shape, args.layers, args.mtp)
+        config, format = shapes.shape_config(args.shape, args.layers, args.mtp), args.format or "F16"
+        bench.check_room(trials, config)
+        weights = shapes.random_weights(config, format, fused, progress=with_layer_bar)
         whole = shapes.shape_config(args.shape).layers
-        weights = shapes.random_weights(config, args.format, fused, progress=with_layer_bar)
         name = args.shape if config.layers == whole else f"{args.shape} {config.layers} of {whole} layers"
-        model, parameters = Model(name, args.format, config.layers), shapes.parameters(config)
+        model, parameters = Model(name, format, config.layers), shapes.parameters(config)
     else:
         from minillama.gguf import GGUF
         from minillama.weights import load_weights
         config, _ = open_model(args.model)
+        bench.check_room(trials, config)
         file = GGUF(args.model)
         weights = load_weights(file, config, fused, progress=with_layer_bar)
-        model, parameters = Model(config.name, file_format(file), config.layers), shapes.parameters(config, file.tensors)
-    return weights, config, bench.Subject(args.model or "", model, shapes.weight_bytes(weights), parameters)
+        model = Model(config.name, file_format(file), config.layers)
+        parameters = shapes.parameters(config, file.tensors)
+    size, batches = shapes.weight_bytes(weights), tuple(args.ubatch_size)
+    return weights, config, bench.Subject(args.model or "", model, size, parameters, batches)
 
 
 def file_format(file) -> str:
@@ -113,22 +119,24 @@ def file_format(file) -> str:
 def run_bench(args: Namespace) -> None:
     from minillama.commands import open_device, open_model, say
     if args.model:
+        if args.layers or args.format or args.mtp:
+            raise ValueError("--layers, --format and --mtp go with --shape; a file has its own")
         open_model(args.model)      # a file that is none is found out before a device is opened
     open_device()
     from minillama import bench
     from minillama.recipe import Recipe
     from minillama.results import write_result
     recipe = Recipe.parse(args.recipe)
-    tests = bench.tests_of(args.n_prompt, args.n_gen, args.pg, args.n_depth)
-    if not tests:
+    trials = bench.trials(args.n_prompt, args.n_gen, args.pg, args.n_depth)
+    if not trials:
         raise ValueError("there is nothing to measure: give -p, -n or -pg a number above 0")
     for batch in args.ubatch_size:
         bench.batches_for(batch)
-    weights, config, subject = bench_weights(args, recipe)
+    weights, config, subject = bench_weights(args, recipe, trials)
     done = []
 
     def watched():
-        for m in bench.measure(weights, config, recipe, tests, args.ubatch_size, args.repetitions):
+        for m in bench.measure(weights, config, recipe, trials, subject.batches, args.repetitions):
             done.append(m)
             say(f"{m.test.name}: set up before the first sample: building {m.clocks.build / 1e9:.2f} s, "
                 f"compiling {m.clocks.compile / 1e9:.2f} s")
@@ -151,7 +159,8 @@ def run_count(args: Namespace) -> None:
     from minillama.recipe import Recipe
     from minillama.shapes import parameters, shape_config, weight_format
     config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
-    weight_format(args.format)
+    format = args.format or "F16"
+    weight_format(format)
     console = Console(stderr=True)
     steps = [(1, f"one token at position {args.n_depth}")]
     steps += [(args.n_prompt, f"a batch of {args.n_prompt} tokens")] if args.n_prompt > 1 else []
@@ -159,14 +168,14 @@ def run_count(args: Namespace) -> None:
     records = []
     for tokens, title in steps:
         with console.status(f"building {title}"):
-            groups = count.count_step(config, recipe, args.format, tokens, args.n_depth)
+            groups = count.count_step(config, recipe, format, tokens, args.n_depth)
         if args.output == "json":
             records.append({"tokens": tokens, "depth": args.n_depth} | count.as_record(groups, roof))
         else:
             Console(highlight=False).print(count.as_table(title, groups, roof))
             print(*count.summary(groups, tokens, roof), sep="\n")
     if args.output == "json":
-        print(json.dumps({"model": args.shape, "layers": config.layers, "format": args.format, "mtp": args.mtp,
+        print(json.dumps({"model": args.shape, "layers": config.layers, "format": format, "mtp": args.mtp,
                           "parameters": parameters(config), "recipe": recipe.names(),
                           "roofline": None if roof is None else {"source": source, "bandwidth": roof.bandwidth,
                                                                  "speed": roof.speed, "launch": roof.launch},

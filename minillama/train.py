@@ -3,10 +3,11 @@
 Axis 0 is the tokens and axis 1 the batch; every function of the model takes that as it is. The losses are next token,
 the MTP block's token after next, the block's second step on its own output, and the balance of the experts.
 """
+import json
 import lzma
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from minillama.mtp import mtp_block
 from minillama.parameters import as_gguf, as_weights, parameters
 from minillama.weights import DeltaNetWeights, LayerWeights, ModelWeights
 
+CHECKPOINT_EVERY = 20   # steps, of those that are reported
 AHEAD = 3       # tokens past each position that some loss needs: the next, the block's, the block's second step
 
 
@@ -172,15 +174,26 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint (safetensors), by way of a temporary file."""
         temporary = path.with_suffix(".part")
-        nn.state.safe_save(self.state(), str(temporary), {"done": str(self.done)})
+        metadata = {"done": str(self.done), "settings": self.settings}
+        nn.state.safe_save(self.state(), str(temporary), metadata)
         temporary.replace(path)
 
+    @property
+    def settings(self) -> str:
+        """What a checkpoint must agree with."""
+        return json.dumps([asdict(self.config), asdict(self.training)])
+
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint: on the same machine to the bit."""
-        saved = nn.state.safe_load(str(path))
+        """Go on from a checkpoint: on the same machine to the bit. Raises ValueError for one of another run."""
+        try:
+            saved = nn.state.safe_load(str(path))
+            metadata = nn.state.safe_load_metadata(str(path))[1]["__metadata__"]
+        except Exception as error:      # whatever a file that is none makes tinygrad's reader raise
+            raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from error
+        if metadata.get("settings") != self.settings or saved.keys() != self.state().keys():
+            raise ValueError(f"{path}: a checkpoint of a run with other settings; remove it or take another folder")
         for name, tensor in self.state().items():
             tensor.assign(saved[name].to(tensor.device)).realize()
-        metadata = nn.state.safe_load_metadata(str(path))[1].get("__metadata__", {})
         self.done = int(metadata["done"])
 
 
@@ -228,9 +241,13 @@ def train(text: Path, tokenizer: Path, out: Path, config: ModelConfig, training:
     trainer = Trainer(config, training)
     if checkpoint and checkpoint.exists():
         trainer.load(checkpoint)
-    history = trainer.run(batches(tokenized(text, tokenizer), training, trainer.done), report)
-    if checkpoint:
-        trainer.save(checkpoint)
+
+    def reported(step: int, losses: list[float], norm: float) -> None:
+        if report:
+            report(step, losses, norm)
+        if checkpoint and (step % CHECKPOINT_EVERY == 0 or step == training.steps):
+            trainer.save(checkpoint)
+    history = trainer.run(batches(tokenized(text, tokenizer), training, trainer.done), reported)
     values = {name: tensor.numpy() for name, tensor in trainer.params.items()}
     write_model(out, config, as_gguf(values, config), tokenizer, name=config.name)
     return history

@@ -1,7 +1,7 @@
 """Where the golden files are, and engines of sizes that all tests share, so that few graphs are built.
 
-The small golden files stand in tests/reference; MINILLAMA_REFERENCE names a folder that holds them all (the other formats,
-shards, the second model). A test that needs a file found in neither is skipped.
+The small golden files stand in tests/reference; MINILLAMA_REFERENCE names a folder that holds them all (the other
+formats, shards, the second model). A test that needs a file found in neither is skipped.
 """
 import os
 from dataclasses import replace
@@ -64,13 +64,21 @@ def load(path: Path, recipe: Recipe = Recipe()) -> Engine:
 
 @cache
 def shared_engine() -> Engine:
-    """The engine on ref-a-F32 that all tests share: clear() it before use, leave its weights alone."""
-    return load(HERE / "ref-a-F32.gguf")
+    """The engine on ref-a-F32 that all tests share, its steps captured: clear() it first, leave its weights alone.
+
+    Property tests take it from a fixture, not first inside an example: hypothesis allows 2,000 frames there, and to
+    capture a step takes more.
+    """
+    engine = load(HERE / "ref-a-F32.gguf")
+    for size in BATCHES:
+        engine.feed(prompt(0, size))
+    engine.clear()
+    return engine
 
 
 @cache
 def changing_engine(model: str) -> Engine:
-    """An engine on some file of that model, whose weights `take` replaces: one set of captured graphs for all formats."""
+    """An engine on some file of that model, whose weights `take` replaces: all formats share its captured graphs."""
     return load(next(path for kind in FORMATS[model] if (path := found(f"{model}-{kind}.gguf"))))
 
 
@@ -83,10 +91,11 @@ def take(engine: Engine, path: Path) -> Engine:
     return engine
 
 
-def first_layers(engine: Engine, layers: int = 4, **recipe) -> Engine:
-    """A new engine on the first layers of another: the same kernels, fewer of them. Four are one of each period."""
-    config = replace(engine.config, layers=layers, recurrent=engine.config.recurrent[:layers])
-    weights = replace(engine.weights, layers=engine.weights.layers[:layers])
+def short_engine(engine: Engine, **recipe) -> Engine:
+    """A new engine on two layers of another, a delta net and an attention: the same kernels, fewer of them."""
+    first = engine.config.recurrent.index(False) - 1
+    config = replace(engine.config, layers=2, recurrent=engine.config.recurrent[first:first + 2])
+    weights = replace(engine.weights, layers=engine.weights.layers[first:first + 2])
     return Engine(weights, config, replace(engine.recipe, **recipe), context=CONTEXT, batches=BATCHES)
 
 

@@ -1,4 +1,4 @@
-"""Gated attention: the products against numpy, the rotary angles against their formula, the cache, the batch dimension."""
+"""Gated attention: its products against numpy, the rotary angles against their formula, the cache, the batch."""
 import numpy as np
 import oracle
 import pytest
@@ -45,7 +45,7 @@ def test_large_scores_do_not_overflow():
     assert difference(got, attend_in_numpy(q, k, v, 0)) <= 1e-3
 
 
-# ---- the rotary embedding ------------------------------------------------------------------------------------------
+# ---- the rotary embedding ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", (0, 1, 4095, 262143))
@@ -76,7 +76,7 @@ def test_norms_of_rows_near_zero_are_finite_and_as_the_formula_says():
     assert difference(l2_norm(Tensor(x)).numpy(), length) <= TOLERANCE
 
 
-# ---- the layer -------------------------------------------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------------------------
 
 
 def layer(x: np.ndarray, start: int = 0, cache: KVCache | None = None) -> np.ndarray:

@@ -65,9 +65,10 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def random_inputs(tokens: int, seed: int, decay: float = 1.0) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs as a layer makes them: unit keys, decays around exp(-decay), some tokens written fully, some not at all."""
+    """Inputs as a layer makes them: unit keys, decays around exp(-decay), tokens written fully, partly, not at all."""
     rng = np.random.default_rng(seed)
-    inputs = {"q": unit(rng.standard_normal((tokens, K_HEADS, DIM))), "k": unit(rng.standard_normal((tokens, K_HEADS, DIM))),
+    inputs = {"q": unit(rng.standard_normal((tokens, K_HEADS, DIM))),
+              "k": unit(rng.standard_normal((tokens, K_HEADS, DIM))),
               "v": rng.standard_normal((tokens, HEADS, DIM)), "g": -decay * rng.exponential(size=(tokens, HEADS)),
               "beta": rng.choice([0.0, 1.0, 0.5, rng.random()], size=(tokens, HEADS))}
     return ({name: x.astype(np.float32) for name, x in inputs.items()},
@@ -82,7 +83,7 @@ def check(inputs: dict[str, np.ndarray], state: np.ndarray, forms=FORMS, toleran
         assert max(off) <= tolerance, f"{form}: outputs off by {off[0]:.1e}, state by {off[1]:.1e}"
 
 
-# ---- the forms are equal -------------------------------------------------------------------------------------------
+# ---- the forms are equal -----------------------------------------------------------------------------------------
 
 
 @given(tokens=st.integers(1, 200), seed=st.integers(0, 999), decay=st.sampled_from([0.0, 0.01, 1.0, 10.0]))
@@ -154,7 +155,7 @@ def test_the_inverse_of_a_unit_lower_triangle(size):
     assert difference(got, want) <= 1e-5 * np.abs(want).max()
 
 
-# ---- the layer ---------------------------------------------------------------------------------------------------------
+# ---- the layer ---------------------------------------------------------------------------------------------------
 
 
 def test_the_convolution_sees_its_token_and_three_before_it():

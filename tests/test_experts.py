@@ -23,9 +23,9 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 def values(seed: int = 0) -> dict[str, np.ndarray | tuple[np.ndarray, ...]]:
     return {"router": numbers(EXPERTS, HIDDEN, seed=seed),
-            "gate_up": (numbers(EXPERTS, WIDTH, HIDDEN, seed=seed + 1), numbers(EXPERTS, WIDTH, HIDDEN, seed=seed + 2)),
+            "gate_up": tuple(numbers(EXPERTS, WIDTH, HIDDEN, seed=seed + i) for i in (1, 2)),
             "down": numbers(EXPERTS, HIDDEN, WIDTH, seed=seed + 3), "shared_gate": numbers(HIDDEN, seed=seed + 4),
-            "shared_inputs": (numbers(WIDTH, HIDDEN, seed=seed + 5), numbers(WIDTH, HIDDEN, seed=seed + 6)),
+            "shared_inputs": tuple(numbers(WIDTH, HIDDEN, seed=seed + i) for i in (5, 6)),
             "shared_down": numbers(HIDDEN, WIDTH, seed=seed + 7)}
 
 
@@ -91,7 +91,7 @@ def test_a_batch_of_sequences_is_routed_row_by_row():
     assert difference(got, want) <= TOLERANCE
 
 
-# ---- the router ------------------------------------------------------------------------------------------------------
+# ---- the router --------------------------------------------------------------------------------------------------
 
 
 @TinyJit
@@ -122,7 +122,7 @@ def test_the_router_picks_distinct_experts_where_all_are_equal():
     check_route(np.zeros((TOKENS, EXPERTS), dtype=np.float32))
 
 
-# ---- weights of a real file ------------------------------------------------------------------------------------------
+# ---- weights of a real file --------------------------------------------------------------------------------------
 
 
 def test_fused_and_separate_projections_hold_the_same_rows():

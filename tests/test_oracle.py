@@ -88,7 +88,7 @@ def test_every_format_gives_its_own_golden_logits(model, kind):
         assert difference(got, values[f"logits_{length}_{kind}"]) <= FORMAT_TOLERANCE, f"{length} tokens"
 
 
-# ---- one model, several ways to store it -----------------------------------------------------------------------------
+# ---- one model, several ways to store it -------------------------------------------------------------------------
 
 
 def rewrite(target: Path, tensors: dict[str, np.ndarray], drop: tuple[str, ...] = (), **keys) -> Path:
@@ -181,7 +181,7 @@ def test_a_file_in_shards_gives_the_same_logits():
     assert difference(logits_of(first), logits_of(needed("ref-a-F16.gguf"))) == 0
 
 
-# ---- time to the first token ---------------------------------------------------------------------------------------
+# ---- time to the first token -------------------------------------------------------------------------------------
 
 FIRST_TOKEN = """
 import time

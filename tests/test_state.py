@@ -10,6 +10,11 @@ from minillama.engine import ContextError, Engine
 from minillama.state import DeltaState
 
 
+@pytest.fixture(scope="module", autouse=True)
+def captured() -> None:
+    oracle.shared_engine()
+
+
 @pytest.fixture
 def engine() -> Engine:
     engine = oracle.shared_engine()
@@ -28,7 +33,7 @@ def fed(parts: list[list[int]]) -> np.ndarray:
 
 @given(seed=st.integers(0, 999), length=st.integers(5, 200), data=st.data())
 def test_any_split_of_a_prompt_gives_the_same_logits(seed, length, data):
-    """Five parts each time; whatever their lengths, batches of 64, 8 and 1 get padded, and padding must leave no trace."""
+    """Five parts each time: batches of 64 and of 8 get padded in many ways, and padding must leave no trace."""
     ids = prompt(seed, length)
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), min_size=4, max_size=4)))
     parts = [ids[start:end] for start, end in zip([0, *cuts], [*cuts, length], strict=True)]
@@ -96,7 +101,7 @@ def test_a_generator_that_is_dropped_leaves_a_state_to_go_on_from(engine):
     assert some + list(engine.generate(some[-1:], 5)) == whole
 
 
-# ---- the context -------------------------------------------------------------------------------------------------------
+# ---- the context -------------------------------------------------------------------------------------------------
 
 
 def test_a_prompt_longer_than_the_context_is_refused_and_changes_nothing(engine):

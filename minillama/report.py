@@ -1,0 +1,120 @@
+"""The README's figures: drawn from data/results, between markers, so that text and measurements cannot drift apart.
+
+`make results` calls this; a test fails when the README and the files differ.
+"""
+import re
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+from minillama import show
+from minillama.ladder import LADDER
+from minillama.results import Result, Row, read_results
+
+ROOT = Path(__file__).parent.parent
+README, PICTURE = ROOT / "README.md", ROOT / "course" / "images" / "ladder.svg"
+BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
+EXTRA = "naive, captured"
+# Tokens a second before and after #19375, which published them: M2 Ultra, Metal, Q4_0.
+PUBLISHED = {"pp1": (37.92, 51.99), "pp8": (137.75, 176.36), "pp512": (930.70, 1125.73), "pp2048": (1049.91, 1352.31),
+             "tg32": (38.02, 50.39)}
+
+
+def per_token(row: Row) -> float:
+    """Microseconds a token: the median sample, building included where the graph is built every time."""
+    return median(row.samples_ns) / row.tokens / 1e3
+
+
+def row_of(result: Result, rung: str, kind: str) -> Row:
+    """The row of a rung's prompt ("pp") or generation ("tg")."""
+    return next(row for row in result.rows if row.name.startswith(f"{rung} {kind}"))
+
+
+def number(microseconds: float) -> str:
+    return f"{microseconds:,.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
+
+
+def device_of(result: Result) -> str:
+    return f"{result.device.name} ({result.device.backend})"
+
+
+def ladder_table(results: list[Result]) -> str:
+    """Markdown: a line a rung; microseconds a token of generation and of prompts, on every stored machine."""
+    heads = ["rung", "re-creates", "kernels", "copies",
+             *(f"{result.device.backend} {kind}" for result in results for kind in ("tg", "pp"))]
+    lines = [heads, ["---"] * 2 + ["--:"] * (len(heads) - 2)]
+    rungs = [*((rung.name, rung.again) for rung in LADDER), (EXTRA, "the first rung, replayed: running alone")]
+    for name, again in rungs:
+        counts = row_of(results[0], name, "tg")
+        tokens = counts.tokens
+        times = [number(per_token(row_of(result, name, kind))) for result in results for kind in ("tg", "pp")]
+        counted = (f"{count / tokens:.0f}" for count in (counts.counts.kernels, counts.counts.copies))
+        lines.append([name, again, *counted, *times])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def copies_table(results: list[Result]) -> str:
+    """Markdown: copies everywhere against none, captured, on the grid of #19375, with its own gain beside."""
+    heads = ["test", "kernels", "copies", *(result.device.backend for result in results), "#19375, M2 Ultra, Q4_0"]
+    lines = [heads, ["---"] + ["--:"] * (len(heads) - 1)]
+    for test, (slow, fast) in PUBLISHED.items():
+        rows = [row_of(results[0], kind, test) for kind in ("everywhere", "none")]
+        cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens:.1f}" for row in rows)
+                 for what in ("kernels", "copies")]
+        ratios = [per_token(row_of(result, "everywhere", test)) / per_token(row_of(result, "none", test))
+                  for result in results]
+        lines.append([test, *cells, *(f"{ratio:.2f}×" for ratio in ratios), f"{fast / slow:.2f}×"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def results_section() -> str:
+    """What stands between the README's markers."""
+    ladders, copies = read_results("ladder", local=False), read_results("copies", local=False)
+    machines = "; ".join(f"{result.device.backend}: {device_of(result)}" for result in ladders)
+    return "\n\n".join([
+        "![Time per token of every rung, on every stored machine](course/images/ladder.svg)",
+        f"The shipped model, microseconds a token (tg: generating, pp: in a prompt), kernels and copies a token of "
+        f"generation. {machines}. The rungs before `captured` build their graph in Python for every batch; prompts "
+        f"are 64 tokens, 8 where the recurrence runs token by token.",
+        ladder_table(ladders),
+        "What copies alone cost (the ablation that re-creates #19375: best recipe, captured, copies everywhere or "
+        "none), as a gain in speed, with kernels and copies a token:",
+        copies_table(copies)]) if ladders and copies else "*No results are stored yet.*"
+
+
+def ladder_picture() -> Figure:
+    """Bars, on a logarithmic scale: microseconds a generated token of every rung, a colour a machine."""
+    results = read_results("ladder", local=False)
+    names = [rung.name for rung in LADDER]
+    figure, axes = show.canvas("One generated token of the shipped model, rung by rung", 8.5, 3.6)
+    width = 0.8 / max(1, len(results))
+    colours = (show.BLUE, show.ORANGE, show.GREEN, show.RED)
+    for place, (result, colour) in enumerate(zip(results, colours, strict=False)):
+        heights = [per_token(row_of(result, name, "tg")) for name in names]
+        axes.bar([i + (place - (len(results) - 1) / 2) * width for i in range(len(names))], heights, width,
+                 color=colour, label=device_of(result))
+    show.logarithmic(axes, "y")
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set_ylabel("µs a token")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def with_section(text: str) -> str:
+    """The README with its results section made anew. Raises ValueError where the markers are missing."""
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{README.name} has lost its markers {BEGIN} and {END}")
+    return re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: f"{BEGIN}\n{results_section()}\n{END}", text,
+                  flags=re.S)
+
+
+def main() -> None:
+    README.write_text(with_section(README.read_text(encoding="utf-8")), encoding="utf-8")
+    import matplotlib
+    matplotlib.rcParams["svg.hashsalt"] = "minillama"
+    ladder_picture().savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

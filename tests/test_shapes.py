@@ -1,0 +1,93 @@
+"""Real models by name, and random weights of their shapes."""
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tinygrad import Context, GlobalCounters, Tensor, dtypes
+
+from minillama.config import ModelConfig
+from minillama.engine import Engine
+from minillama.gguf import GGUF
+from minillama.shapes import (
+    SHAPES,
+    RandomWeights,
+    hashed,
+    parameters,
+    random_weights,
+    shape_config,
+    tensors_of,
+    unfilled,
+    weight_bytes,
+    weight_format,
+)
+from minillama.weights import load_weights
+
+REFERENCE = Path(__file__).parent / "reference" / "ref-a-F32.gguf"
+PUBLISHED, ACTIVE = 79.67e9, 3.87e9     # Qwen3-Next-80B-A3B: parameters, and those that work on one token
+
+
+@pytest.mark.host
+def test_the_80b_has_as_many_parameters_as_published():
+    config = shape_config("qwen3-next-80b-a3b")
+    total, expert = parameters(config), 3 * config.expert_width * config.hidden
+    active = total - config.layers * (config.experts - config.experts_used) * expert
+    assert (round(total / 1e9, 2), round(active / 1e9, 2)) == (PUBLISHED / 1e9, ACTIVE / 1e9), (total, active)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("layers, attention", [(None, 12), (8, 2), (6, 1), (3, 0)])
+def test_fewer_layers_keep_the_pattern(layers, attention):
+    config = shape_config("qwen3-coder-next", layers, mtp=True)
+    assert (config.layers, config.mtp_blocks, config.rope_base) == (layers or 48, 1, 5e6)
+    found = [index for index, recurrent in enumerate(config.recurrent) if not recurrent]
+    assert found == [4 * i + 3 for i in range(attention)]
+
+
+@pytest.mark.host
+def test_unknown_names_are_refused_in_one_line_that_lists_the_known():
+    with pytest.raises(ValueError, match=f"^unknown shape 'gpt': the shapes are {', '.join(SHAPES)}$"):
+        shape_config("gpt")
+    with pytest.raises(ValueError, match=r"^--format Q4_0: random weights come in F32 or F16, not \(yet\) packed$"):
+        weight_format("Q4_0")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_random_weights_have_the_shapes_of_loaded_ones(fused):
+    file = GGUF(REFERENCE)
+    config = ModelConfig.from_gguf(file)
+    random = RandomWeights(config, dtypes.float16, fused, unfilled()).model()
+    loaded = load_weights(file, config, fused)
+    assert [t.shape for t in tensors_of(random)] == [t.shape for t in tensors_of(loaded)]
+    assert [f.name for f in fields(random) if getattr(random, f.name) is None] == []
+    assert parameters(config, file.tensors) == sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+
+
+def test_values_are_spread_evenly_differ_between_tensors_and_are_the_same_again():
+    fill, again = hashed(), hashed()
+    first, second = (fill((64, 1000), -2.0, 6.0, dtypes.float32).numpy() for _ in range(2))
+    assert np.array_equal(first, again((64, 1000), -2.0, 6.0, dtypes.float32).numpy())
+    shares, _ = np.histogram(first, bins=8, range=(-2, 6))
+    assert first.min() >= -2 and first.max() <= 6 and np.abs(shares / first.size - 1 / 8).max() < 0.01, shares
+    for a, b in ((first, second), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.02
+
+
+def test_a_tensor_of_random_values_is_made_by_one_kernel():
+    with Context(DEV="NULL"):
+        hashed()((4, 4), 0, 1, dtypes.float16)
+        before = GlobalCounters.kernel_count
+        weights = hashed()((512, 1024, 2048), 0, 1, dtypes.float16)
+        assert (GlobalCounters.kernel_count - before, weights.nbytes()) == (2, 2 ** 31)    # one fills in the number
+
+
+def test_activations_stay_finite_and_alive_over_many_tokens():
+    config = shape_config("tiny")
+    weights = random_weights(config, "F16")
+    engine = Engine(weights, config, context=64, batches=(1,))
+    spread = [float(engine.logits([token]).std()) for token in range(1, 41)]
+    assert np.isfinite(spread).all() and 0.1 < min(spread) and max(spread) < 10, spread
+    matrices = sum(t.nbytes() for t in tensors_of(weights) if t.dtype == dtypes.float16)
+    assert weight_bytes(weights) < 4 * parameters(config) and matrices > weight_bytes(weights) / 2
+    assert isinstance(weights.layers[0].mixer.inputs[0], Tensor) and len(weights.layers[0].mixer.inputs) == 1
