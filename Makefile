@@ -2,13 +2,17 @@
 #   make lab         the course in JupyterLab          (make lab ARGS=--no-browser on a server; DEV=CL picks a device)
 #   make test        everything: lint, tests on the CPU and on OpenCL, every notebook   (.ci/run calls this)
 #   make test-fast   lint and the quick tests on the CPU, in at most three minutes
-#   make demo        generates text and prints its speed
+#   make demo        continues a Python prompt with the shipped model and prints its speed
+#   make data        the shipped model in other formats, made from data/minillama-coder-Q8_0.gguf
 #   make clean       removes .venv and what tools left behind; your measurements stay
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.made
-MODEL ?= $(firstword $(wildcard data/*.gguf) tests/reference/ref-a-F32.gguf)
+MASTER := data/minillama-coder-Q8_0.gguf
+FORMATS := F16 Q4_0 Q4_K_M
+MADE := $(FORMATS:%=data/minillama-coder-%.gguf)
+MODEL ?= $(MASTER)
 PROMPT ?= def fibonacci(n):
 ARGS ?=
 PYTEST := python -m pytest
@@ -17,11 +21,11 @@ NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 \
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: lab test test-fast demo lint clean env ladder results
+.PHONY: lab test test-fast demo data lint clean env ladder results
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,6s/^#   //p' Makefile
+	@sed -n '2,7s/^#   //p' Makefile
 
 env: $(STAMP)
 
@@ -33,11 +37,16 @@ $(STAMP): pyproject.toml
 	@python -m minillama.devices --ensure
 	@touch $@
 
-lab: $(STAMP)
+data: $(MADE)
+
+$(MADE): data/minillama-coder-%.gguf: $(MASTER) | $(STAMP)
+	@python -m minillama quantize $< $@ $*
+
+lab: $(STAMP) $(MADE)
 	@dev=$${DEV:-$$(python -m minillama.devices --best)} && echo "The course runs on DEV=$$dev." && \
 	    DEV=$$dev python -m jupyterlab --notebook-dir=course $(ARGS)
 
-demo: $(STAMP)
+demo: $(STAMP) $(MASTER)
 	@dev=$${DEV:-$$(python -m minillama.devices --best)} && \
 	    DEV=$$dev python -m minillama generate $(MODEL) -p "$(PROMPT)" -n 64 $(ARGS)
 
@@ -50,7 +59,7 @@ results: $(STAMP)
 lint: $(STAMP)
 	ruff check .
 
-test: $(STAMP) lint
+test: $(STAMP) lint $(MADE)
 	@python -m minillama.devices --works CL || echo "No OpenCL platform here: testing on the CPU only."
 	DEV=CPU $(PYTEST)
 	DEV=CPU $(NBVAL)

@@ -1,6 +1,6 @@
 """The generated parts of the model card in data/README.md: every figure comes from a file beside it.
 
-`python data/evaluate.py card` writes them, and the picture of the training's loss; a test holds them against the files.
+`python data/evaluate.py card` writes them, and the picture of the loss; a test holds them against the files.
 """
 import json
 import re
@@ -73,8 +73,8 @@ def training() -> str:
                        f"{about['epochs']} epochs",
         "time": f"{run['seconds'] / 60:.1f} minutes on one {about['device']}, {run['tokens_per_second']:,} tokens/s",
         "losses": f"next token; {o['first']:g} × first draft, {o['second']:g} × second draft (the block on its own "
-                  f"output), {o['soft']:g} of each against the trunk's own distribution; {o['balance']:g} × balance of "
-                  "the experts",
+                  f"output), {o['soft']:g} of each against the trunk's own distribution; {o['balance']:g} × "
+                  "balance of the experts",
         "optimizer": f"Muon for the matrices of the blocks (peak rate {o['muon_lr']:g}, weight decay {o['decay']:g}), "
                      f"Adam for the rest ({o['adam_lr']:g}; embedding {o['embed_lr']:g}); gradient norm at most "
                      f"{o['clip']:g}",
@@ -120,8 +120,9 @@ def quality() -> str:
 
 def whole() -> str:
     run = row(stored("training"), "PyTorch, the run")
-    return (f"All of the held-out text ({run['heldout_tokens']:,} tokens), measured by the training program at its end "
-            f"(bfloat16 products, float32 weights): **{run['heldout_bits_per_byte']:.4f}** bits per byte; first draft "
+    return (f"All of the held-out text ({run['heldout_tokens']:,} tokens), measured by the training program at its "
+            f"end (bfloat16 products, float32 weights): "
+            f"**{run['heldout_bits_per_byte']:.4f}** bits per byte; first draft "
             f"{run['heldout_first_draft']:.3f}, second given first {run['heldout_second_given_first']:.3f} "
             f"({run['heldout_second_given_first_and_text']:.3f} where the first is also the text's).")
 
