@@ -88,7 +88,9 @@ def training() -> str:
 def speeds() -> str:
     rows = [[r.name, f"{r.values['batch']:.0f} × {r.values['sequence']:.0f}", f"{r.values['tokens_per_second']:,.0f}"]
             for r in stored("training").rows]
-    return table(["training on one H100", "tokens a step", "tokens/s"], rows)
+    slow = [f"{r.name}: of a step's {r.values['step_ms']:,.0f} ms, {r.values['slowest_kernel_ms_a_step']:,.0f} went "
+            "into one shape of kernel." for r in stored("training").rows if "slowest_kernel_ms_a_step" in r.values]
+    return "\n\n".join([table(["training on one H100", "tokens a step", "tokens/s"], rows), *slow])
 
 
 def weight_bytes(format: str) -> int:
@@ -109,7 +111,7 @@ def quality() -> str:
                          *(f"{v[name]:.3f}" for name in (
                              "first_draft", "second_given_first", "second_given_first_in_text"))])
         else:
-            rows.append([r.name, "", f"{v['bits_per_byte']:.4f}", f"{v['bits_per_byte'] - base:+.4f}", *[""] * 3])
+            rows.append([r.name, "", f"{v['bits_per_byte']:.4f}", *[""] * 4])
     read = next(r for r in result.rows if r.name == "F32")
     size = row(result, "gzip -9")["bytes"]
     said = (f"Measured by minillama on {result.device.backend} ({result.host}): {read.values['windows']:.0f} windows, "
@@ -128,14 +130,16 @@ def whole() -> str:
 
 
 def completions() -> str:
-    from completions import read_completions
+    from completions import LONGEST_BODY, read_completions
     result, texts = stored("completions"), read_completions()
-    good = sum(r.values["parses"] for r in result.rows)
-    parts = [f"**{good:.0f} of {len(result.rows)}** bodies parse and do something. The first {SHOWN} of the list, "
-             "as they came, the model's part after the documentation string:"]
+    whole, cut = (sum(r.values[name] for r in result.rows) for name in ("counts", "counts_as_cut"))
+    short = sum(c.tokens < LONGEST_BODY for c in texts)
+    parts = [f"**{whole:.0f} of {len(texts)}** bodies parse and do something by their whole lines, {cut:.0f} to the "
+             f"last token: {short} end before the {LONGEST_BODY} tokens do, and the others mostly inside a line. The "
+             f"first {SHOWN} of the list, as they came:"]
     for number, (c, r) in enumerate(zip(texts[:SHOWN], result.rows, strict=False), 1):
-        verdict = "counts" if r.values["parses"] else "does not count"
-        parts.append(f"{number}. {verdict}, {c.tokens} tokens:\n\n```python\n{c.prompt}{c.body.rstrip()}\n```")
+        said = ", ".join(f"{name}: {'yes' if yes else 'no'}" for name, yes in r.values.items()).replace("_", " ")
+        parts.append(f"{number}. {c.tokens} tokens; {said}\n\n```python\n{c.prompt}{c.body.rstrip()}\n```")
     return "\n\n".join(parts)
 
 

@@ -4,7 +4,8 @@ The list: module-level functions of the held-out packages that have a documentat
 least one statement that fits into the 128 tokens; the prompt, from "def" to the end of that string, has at most 384.
 Of all these, 100 are drawn by a seeded generator. The model continues each at temperature 0; the body ends before the
 first line that is not indented, at <|endoftext|>, or after 128 tokens. It counts if the whole function then parses and
-the body has a statement that is neither a documentation string nor `pass`.
+the body has a statement that is neither a documentation string nor `pass`. 128 tokens mostly end inside a line: such a
+body is judged twice, without the unfinished line and with it.
 """
 import ast
 import itertools
@@ -28,6 +29,16 @@ class Completion:
     prompt: str
     body: str
     tokens: int
+
+    @property
+    def lines(self) -> str:
+        """The body without the line that was not finished when the tokens ran out."""
+        return self.body if self.tokens < LONGEST_BODY else "".join(self.body.splitlines(keepends=True)[:-1])
+
+    def verdict(self) -> dict[str, float]:
+        """1 or 0: whether it counts by whole lines, and whether it does as it was cut."""
+        return {"counts": float(has_statement(self.prompt + self.lines)),
+                "counts_as_cut": float(has_statement(self.prompt + self.body))}
 
 
 def functions(text: str) -> Iterator[tuple[str, str, str]]:
@@ -102,14 +113,18 @@ def measure_completions(corpus: Path, model: Path, result) -> None:
 
     from minillama.commands import progress_bar
     from minillama.engine import Engine
-    from minillama.results import Row, write_result
     engine = Engine.load(model, context=LONGEST_PROMPT + LONGEST_BODY)
     done = []
     with progress_bar("completions") as update:
         for name, prompt in chosen(documents(corpus), engine.tokenizer):
             update(len(done), COUNT)
             done.append(complete(engine, name, prompt))
+    store(done, result)
+
+
+def store(done: list[Completion], result) -> None:
+    """The texts beside this file, what counts in data/results/."""
+    from minillama.results import Row, write_result
     TEXTS.write_text("".join(json.dumps(asdict(c)) + "\n" for c in done), encoding="utf-8")
-    rows = [Row(f"{i}: {c.name}", tokens=c.tokens, values={"parses": float(has_statement(c.prompt + c.body))})
-            for i, c in enumerate(done, 1)]
-    print(sum(row.values["parses"] for row in rows), "of", COUNT, write_result(result("completions", rows), False))
+    rows = [Row(f"{i}: {c.name}", tokens=c.tokens, values=c.verdict()) for i, c in enumerate(done, 1)]
+    print(sum(row.values["counts"] for row in rows), "of", len(rows), write_result(result("completions", rows), False))

@@ -47,8 +47,8 @@ SEEN_IN_HELD_OUT = 0.02  # and the same, more strictly, of what is held out
 
 NOT_SOURCE = re.compile(
     r"(^|/)(tests?|testing|_tests?|_testing|unittests?|test_?data|test_?suites?|fixtures?|locales?|_?vendor(ed)?"
-    r"|_vendored?|_?externals?|extern|third_party|thirdparty|generated|_?gen|protos?|migrations|site-packages|idle_test"
-    r"|lib2to3|ensurepip|pip/_internal/distlib)/"
+    r"|_vendored?|_?externals?|extern|third_party|thirdparty|generated|_?gen|protos?|migrations|site-packages"
+    r"|idle_test|lib2to3|ensurepip|pip/_internal/distlib)/"
     r"|(^|/)(test_\w*|\w*_tests?|conftest|_?version|\w*_pb2(_grpc)?|_?lextab|\w*_?yacctab|parsetab)\.py$")
 GENERATED = re.compile(
     r"^(#|[\"']{3}).*(auto-?\s?(matically )?generated|generated (by|from|with|automatically)|do not (edit|modify))",

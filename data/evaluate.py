@@ -39,11 +39,11 @@ def result(kind: str, rows: list):
     return Result.here(kind, Model(NAME, MASTER, ModelConfig.from_gguf(GGUF(file_of(MASTER))).layers), rows)
 
 
-def compressors(text: bytes) -> list:
-    """What general compressors make of the text, in one piece."""
+def compressors(text: bytes, of: str = "") -> list:
+    """What general compressors make of a text, in one piece; `of` says which text, where it is not what counted."""
     from minillama.results import Row
     sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
-    return [Row(name, values={"bits_per_byte": 8 * size / len(text), "bytes": len(text)})
+    return [Row(name + of, values={"bits_per_byte": 8 * size / len(text), "bytes": len(text)})
             for name, size in sizes.items()]
 
 
@@ -53,10 +53,12 @@ def measure_quality(corpus: Path, formats: list[str], every: int) -> None:
 
     from minillama.results import Row, write_result
     tokenizer = Tokenizer.from_gguf(GGUF(file_of(MASTER)))
-    ids = quality.stream(quality.documents(corpus), tokenizer)
+    documents = quality.documents(corpus)
+    ids = quality.stream(documents, tokenizer)
     starts = quality.window_starts(len(ids), every)
     counted = np.concatenate(quality.counted(ids, starts))
-    rows = compressors(b"".join(tokenizer.token_bytes(i) for i in counted if i != tokenizer.eos))
+    rows = compressors("".join(documents).encode(), of=" of all the held-out text")
+    rows += compressors(b"".join(tokenizer.token_bytes(i) for i in counted if i != tokenizer.eos))
     reader = None
     for format in formats:
         with tempfile.TemporaryDirectory() as folder, progress_bar(f"{format:>6}") as update:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 
-from minillama import sampling
+from minillama import program_cache, sampling
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
 from minillama.layers import linear, rope_table
@@ -20,6 +20,7 @@ from minillama.state import State
 from minillama.tokenizer import Tokenizer
 from minillama.weights import ModelWeights, load_weights
 
+program_cache.install()
 BATCHES = (512, 64, 8, 1)
 CONTEXT = 4096
 

@@ -16,8 +16,7 @@ from dataclasses import astuple, dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from tinygrad import Device, Tensor
-from tinygrad.codegen import to_program_cache
+from tinygrad import Device, Tensor, codegen
 from tinygrad.device import Compiled
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine import realize
@@ -254,13 +253,13 @@ class Clocks:
         def timed(*args, **kwargs):
             self._tick()
             self._stack.append(clock)
-            programs, compiled = len(to_program_cache), self.compile
+            programs, compiled = len(codegen.to_program_cache), self.compile
             try:
                 return self._noted(function, *args, **kwargs)
             finally:
                 self._tick()
                 self._stack.pop()
-                if function.__name__ == "lower_and_compile" and len(to_program_cache) == programs:
+                if function.__name__ == "lower_and_compile" and len(codegen.to_program_cache) == programs:
                     self.build, self.compile = self.build + self.compile - compiled, compiled   # only looked up
         return timed
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tinygrad import Context, Tensor, TinyJit, dtypes, nn
 
-from minillama import delta_net, experts
+from minillama import delta_net, experts, program_cache
 from minillama.attention import attention
 from minillama.config import ModelConfig
 from minillama.experts import experts_layer
@@ -23,6 +23,7 @@ from minillama.mtp import mtp_block
 from minillama.parameters import as_gguf, as_weights, parameters
 from minillama.weights import DeltaNetWeights, LayerWeights, ModelWeights
 
+program_cache.install()
 CHECKPOINT_EVERY = 20   # steps, of those that are reported
 AHEAD = 3       # tokens past each position that some loss needs: the next, the block's, the block's second step
 
@@ -187,7 +188,7 @@ class Trainer:
         """Go on from a checkpoint: on the same machine to the bit. Raises ValueError for one of another run."""
         try:
             saved = nn.state.safe_load(str(path))
-            metadata = nn.state.safe_load_metadata(str(path))[1]["__metadata__"]
+            metadata = nn.state.safe_load_metadata(path)[2]["__metadata__"]
         except Exception as error:      # whatever a file that is none makes tinygrad's reader raise
             raise ValueError(f"{path}: not a checkpoint ({type(error).__name__})") from error
         if metadata.get("settings") != self.settings or saved.keys() != self.state().keys():

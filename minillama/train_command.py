@@ -24,9 +24,9 @@ def add_parser(kinds: argparse._SubParsersAction) -> None:
     made = kinds.add_parser("train", help=about, description=about)
     made.set_defaults(run=train)
     made.add_argument("text", nargs="?", metavar="TEXT", help="UTF-8, plain or .xz; documents end with a zero byte")
-    made.add_argument("-o", "--output", required=True, metavar="FOLDER")
+    made.add_argument("-o", "--output", default="build/train", metavar="FOLDER", help="default: build/train")
     made.add_argument("--smoke", action="store_true",
-                      help="a very small model, 50 steps on minillama's own source where no TEXT is given")
+                      help="a very small model, 50 steps, from the start; on minillama's own source without a TEXT")
     made.add_argument("--tokenizer", default=str(TOKENIZER), metavar="JSON", help="default: the shipped model's")
     for name, kind, what in (("steps", one(1), "default: 1000; with --smoke 50"),
                              ("batch", one(1), "sequences a step (default: 16; 4)"),
@@ -89,8 +89,9 @@ def train(args: Namespace) -> None:
     from minillama.train import train as run
     folder, training = Path(args.output), settings(args)
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.safetensors"
-    if not checkpoint.exists():
-        log.unlink(missing_ok=True)
+    if args.smoke or not checkpoint.exists():
+        for old in (checkpoint, log):
+            old.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile() as source, progress_bar("training") as update, \
             open(log, "a", encoding="utf-8") as lines:
         def report(step: int, losses: list[float], norm: float) -> None:
@@ -101,11 +102,10 @@ def train(args: Namespace) -> None:
         if not args.text:
             source.write(own_source())
             source.flush()
-        update(0, training.steps)
         history = run(Path(args.text or source.name), Path(args.tokenizer), folder / "model.gguf",
                       smoke_config(vocab) if args.smoke else model_config("minillama-small", vocab), training,
                       checkpoint, report)
     loss_picture(log, folder / "loss.png")
-    if history:
-        say("losses " + ", ".join(f"{name} {loss:.3f}" for name, loss in zip(NAMES, history[-1], strict=False)))
+    for name, first, last in zip(NAMES, *(history[:1] + history[-1:]), strict=False) if history else ():
+        say(f"{name:<14}{first:.3f} -> {last:.3f} nats a token")
     print(folder / "model.gguf")

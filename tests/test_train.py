@@ -17,6 +17,8 @@ from minillama.train import Trainer, Training, batches
 from minillama.train_command import TOKENIZER, own_source
 from minillama.weights import load_weights
 
+pytestmark = pytest.mark.timeout(1200)      # the smoke run is built in the first slow test: long on a busy machine
+
 
 class Kept(Trainer):
     """A trainer that remembers itself and keeps all its checkpoints."""
@@ -89,8 +91,9 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(smoke: Path, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.host
 def test_a_checkpoint_of_other_settings_is_refused_in_one_line(smoke: Path, capsys):
+    (smoke / "text").write_bytes(own_source())
     capsys.readouterr()
-    assert main(["train", "--smoke", "--seed", "1", "-o", str(smoke)]) == 2
+    assert main(["train", str(smoke / "text"), "-o", str(smoke)]) == 2
     assert capsys.readouterr().err.strip().endswith("remove it or take another folder")
 
 

@@ -1,0 +1,49 @@
+"""Kernels lowered once a machine, not once a process.
+
+tinygrad keeps compiled binaries on disk, but lowers every kernel again in every process to find out which binary it
+wants, and that takes longer than running it: 50 to 100 ms each. Here the lowered programs go to disk as well, in
+tinygrad's own cache file, under the key by which tinygrad finds them in memory. CACHELEVEL=0 turns both off.
+"""
+from typing import Any
+
+import tinygrad
+from tinygrad import codegen
+from tinygrad.engine import realize
+from tinygrad.helpers import diskcache_get, diskcache_put
+from tinygrad.uop.ops import UOp
+
+TABLE = f"minillama_programs_{getattr(tinygrad, '__version__', '0.14.0')}"
+
+
+def disk_key(key: tuple) -> str:
+    """tinygrad's key of a program as text: the kernel, the renderer, its target and the settings that shape code."""
+    kernel, renderer, *settings = key
+    return f"{kernel.hex()} {renderer.__module__}.{renderer.__qualname__} {settings!r}"
+
+
+class Programs(dict):
+    """Stands in for tinygrad's `to_program_cache`: what is not in memory is looked for on disk."""
+
+    def __contains__(self, key: Any) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key: Any, default: UOp | None = None) -> UOp | None:
+        if (program := super().get(key)) is None and (program := diskcache_get(TABLE, disk_key(key))) is not None:
+            super().__setitem__(key, program)
+        return default if program is None else program
+
+    def __getitem__(self, key: Any) -> UOp:
+        if (program := self.get(key)) is None:
+            raise KeyError(key)
+        return program
+
+    def __setitem__(self, key: Any, program: UOp) -> None:
+        super().__setitem__(key, program)
+        diskcache_put(TABLE, disk_key(key), program)
+
+
+def install() -> None:
+    """Put the cache in place of tinygrad's, once; programs already in memory stay."""
+    if not isinstance(codegen.to_program_cache, Programs):
+        programs = Programs(codegen.to_program_cache)
+        codegen.to_program_cache = realize.to_program_cache = programs

@@ -1,0 +1,27 @@
+"""Lowered kernels are found again by the next process."""
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+from minillama import program_cache
+program_cache.install()
+from tinygrad import Tensor, codegen
+from tinygrad.engine import realize
+lowered = []
+original = realize.to_program
+def counted(*args):
+    lowered.append(args)
+    return original(*args)
+realize.to_program = counted
+print((Tensor([1.0, 2.0, 3.0]) * 7 + 0.125).tolist(), len(lowered))
+"""
+
+
+def test_a_second_process_lowers_nothing_and_computes_the_same(tmp_path):
+    settings = os.environ | {"CACHEDB": str(tmp_path / "cache.db"), "PARALLEL": "0"}
+    command = [sys.executable, "-c", SCRIPT]
+    said = [subprocess.run(command, env=settings, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    values = "[7.125, 14.125, 21.125]"
+    assert said[0].startswith(values) and not said[0].endswith(" 0\n"), said
+    assert said[1] == f"{values} 0\n", said
