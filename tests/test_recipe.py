@@ -86,6 +86,7 @@ def eager() -> tuple[np.ndarray, dict[str, list[int]]]:
     return short_run("eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ("jit", "prune"))
 def test_captured_steps_equal_eager_ones_over_twenty_tokens(capture, eager):
     """Captured forms that are misused go wrong without a word: what is not an input freezes."""
