@@ -4,6 +4,7 @@
 #   make test-fast   lint and the quick tests on the CPU, in at most three minutes
 #   make demo        continues a Python prompt with the shipped model and prints its speed
 #   make data        the shipped model in other formats, made from data/minillama-coder-Q8_0.gguf
+#   make ladder      measures every rung on this machine; make results draws the README's figures from data/results
 #   make clean       removes .venv and what tools left behind; your measurements stay
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,7s/^#   //p' Makefile
+	@sed -n '2,8s/^#   //p' Makefile
 
 env: $(STAMP)
 

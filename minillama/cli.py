@@ -99,7 +99,7 @@ def build_parser() -> Parser:
     made.add_argument("-r", dest="repeats", type=at_least(1), default=10, help="samples of each pass (default: 10)")
     kind = made.add_mutually_exclusive_group()
     kind.add_argument("--ablate", dest="kind", action="store_const", const="ablate", default="ladder",
-                      help="the best recipe, with one field put back at a time")
+                      help="the last rung, with one field put back at a time")
     kind.add_argument("--copies", dest="kind", action="store_const", const="copies",
                       help="copies everywhere or none, on the grid that llama.cpp #19375 published")
     made.add_argument("--store", action="store_true", help="write to data/results, not data/results/local")

@@ -7,7 +7,6 @@ compare times per token.
 import json
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.gguf import GGUF
 from minillama.ladder import LADDER, NAIVE, ablations
-from minillama.measure import Clocks, Counts, calls_of, synchronize
+from minillama.measure import Clocks, Counts, calls_of, time_call
 from minillama.recipe import Recipe
 from minillama.results import ClockTimes, Model, Result, Row, read_result, write_result
 
@@ -28,18 +27,6 @@ SHORT, LONG = 8, 64                 # tokens of a prompt: for the recurrence, an
 FEW = 2                             # samples of a recipe that builds its graph every time
 GRID = ("pp1", "pp8", "pp512", "pp2048", "tg32")        # the tests that #19375 published
 SHIPPED = Path(__file__).parent.parent / "data" / "minillama-coder-Q8_0.gguf"
-
-
-def sampled(call, repeats: int) -> list[int]:
-    """Nanoseconds of each of `repeats` calls, to the end of the last kernel."""
-    samples = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter_ns()
-        call()
-        synchronize()
-        samples.append(time.perf_counter_ns() - start)
-    return samples
 
 
 def measure_test(engine: Engine, name: str, test: str, repeats: int) -> Row:
@@ -54,15 +41,14 @@ def measure_test(engine: Engine, name: str, test: str, repeats: int) -> Row:
         for ids, start in zip(batches, starts, strict=True):
             engine.step("logits", ids, start, ids.shape[0]).realize()
     engine.clear()
-    call()                                          # the first call captures, or compiles
-    samples = sampled(call, min(repeats, FEW) if eager else repeats)
+    timing = time_call(call, repeats=min(repeats, FEW) if eager else repeats, warmup=1)    # captures, or compiles
     with Clocks() as clocks:
         call()
     counts = clocks.counts if eager else sum(
         (Counts.of(calls_of(engine.steps["logits", size], values={"start": start, "valid": size}))
          for size, start in zip(sizes, starts, strict=True)), Counts())
     times = ClockTimes(clocks.build, clocks.compile, clocks.run)
-    return Row(f"{name} {test}", engine.recipe.names(), tokens, samples, times, counts)
+    return Row(f"{name} {test}", engine.recipe.names(), tokens, list(timing.samples_ns), times, counts)
 
 
 def tests_of(recipe: Recipe, grid: bool) -> tuple[str, ...]:
@@ -73,10 +59,10 @@ def tests_of(recipe: Recipe, grid: bool) -> tuple[str, ...]:
 
 def recipes(kind: str) -> dict[str, Recipe]:
     """What is measured: for "ladder" all rungs and the first one captured (so that running can be compared with
-    running); for "ablate" the best recipe and its ablations; for "copies" the best with copies everywhere or none."""
-    best = ablations(LADDER[-1].recipe)
+    running); for "ablate" the last rung and its ablations; for "copies" the last rung, copies everywhere or none."""
+    last = ablations(LADDER[-1].recipe)
     if kind != "ladder":
-        return best if kind == "ablate" else {"none": best["best"], "everywhere": best["-copies"]}
+        return last if kind == "ablate" else {"none": last["last"], "everywhere": last["-copies"]}
     return {rung.name: rung.recipe for rung in LADDER} | {"naive, captured": replace(NAIVE, capture="jit")}
 
 

@@ -83,8 +83,6 @@ class Engine:
         return linear(hidden[last].contiguous(), self.weights.head)
 
     def _run(self, kind: str, ids: Tensor, start: UOp, valid: UOp | None, *more: Tensor) -> Tensor:
-        if kind == "hidden":
-            return self.hidden(ids, start, valid).contiguous()
         if kind == "every":
             return linear(self.hidden(ids, start, valid), self.weights.head).contiguous()
         if kind == "mtp":

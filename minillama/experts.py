@@ -23,7 +23,7 @@ def route(x: Tensor, router: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]
     mine, other = every.unsqueeze(-1), every.unsqueeze(-2)
     ahead = (other > mine) | ((other == mine) & (index.reshape(1, experts) < index.reshape(experts, 1)))
     rank = ahead.sum(axis=-1, dtype=dtypes.int32).contiguous()              # (tokens, experts)
-    at = rank.unsqueeze(1) == Tensor.arange(used).reshape(1, used, 1)     # (tokens, used, experts)
+    at = rank.unsqueeze(1) == Tensor.arange(used).reshape(1, used, 1)       # (tokens, used, experts)
     ids = at.where(index.cast(dtypes.int32), 0).sum(axis=-1).cast(dtypes.int32)
     probs = at.where(every.unsqueeze(1), 0).sum(axis=-1)
     return ids, probs / probs.sum(axis=-1, keepdim=True), every

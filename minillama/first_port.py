@@ -1,8 +1,10 @@
 """The graph of llama.cpp's first port of the model: right, with a copy wherever an operation wanted its input tidy.
 
-`copies="everywhere"` runs these forms instead of those in `delta_net` and `attention`; they are equal. Each copy below
-stands where llama.cpp had one before #19375, which removed them one by one; chapter 08 does the same. Results that an
-operation of ggml writes to memory are written here too (`contiguous`), so that the same things are copied as there.
+`copies="everywhere"` runs these forms instead of those in `delta_net` and `attention`; they are equal. The copies
+follow the kinds that #19375 lists (views after the convolution, heads repeated before the norm, inputs of the padding,
+operands turned over, the state in every chunk, a growing concat, the attention query), not its graph node by node, and
+some that llama.cpp still makes (the attention gate, b, a, the repeated heads) are among them: their number is ours, not
+ggml's. What an operation of ggml writes to memory is written here too (`contiguous`).
 """
 from tinygrad import Tensor, UOp
 
@@ -10,13 +12,13 @@ from minillama.attention import attend, keys_and_values
 from minillama.config import ModelConfig
 from minillama.delta_net import causal_conv, chunked, inverse_of_unit_lower, recurrent
 from minillama.layers import l2_norm, linear, project, rms_norm
+from minillama.state import after
 from minillama.weights import AttentionWeights, DeltaNetWeights
 
 
 def copied(x: Tensor) -> Tensor:
     """x written to memory, then read and written once more: a copy that no compiler may leave out."""
-    fresh = Tensor.invalids(*x.shape, dtype=x.dtype, device=x.device).uop
-    return Tensor(fresh.after(fresh.src[0].store(x.contiguous().uop)))
+    return after(x.contiguous())
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""The ladder: from the first port to the best recipe, one field a rung, each answering six questions.
+"""The ladder: from the first port onwards, one field a rung, each answering six questions.
 
-`minillama ladder` measures every rung in a process of its own, in alternating order; `--ablate` measures the best
-recipe with one field put back at a time, which is how a single decision is judged.
+`minillama ladder` measures every rung in a process of its own, in alternating order; `--ablate` measures the last
+rung with one field put back at a time, which is how a single decision is judged.
 """
 from dataclasses import dataclass, fields, replace
 
@@ -63,8 +63,8 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("pruned", "10", "constants computed once", {"capture": "prune"}, Ledger(
         "every kernel that depends on a token, a position or a state is replayed",
         "kernels that depend on weights alone run once, at capture", "graphs that prepare weights in every step",
-        "graphs without such kernels, as ours today; and on CUDA, where every state, being an input, is written into "
-        "the graph anew at each replay", "`capture=jit`",
+        "graphs without such kernels, as ours today; on CUDA it was slower, perhaps since every state is an input "
+        "there, and inputs are set anew at each replay (not looked into yet)", "`capture=jit`",
         "a position or a state that is no input is frozen without a word: compare at several positions")),
     ("fused-projections", "11", "one product per input, not one per weight", {"projections": "fused"}, Ledger(
         "rows of a product do not know of each other", "x is read once, and one kernel starts where four did",
@@ -93,11 +93,11 @@ def read_recipe(text: str) -> Recipe:
     return named[text] if text in named else Recipe.parse(text)
 
 
-def ablations(best: Recipe) -> dict[str, Recipe]:
-    """The best recipe, and it with one field at a time put back to the naive one; names are "-field".
+def ablations(last: Recipe) -> dict[str, Recipe]:
+    """A recipe as "last", and it with one field at a time put back to the naive one; names are "-field".
 
     `delta` is put back too, though prompts then take very long graphs: measure it with a short prompt.
     """
-    back = {f"-{field.name}": replace(best, **{field.name: getattr(NAIVE, field.name)}) for field in fields(Recipe)
-            if getattr(best, field.name) != getattr(NAIVE, field.name)}
-    return {"best": best} | back
+    back = {f"-{field.name}": replace(last, **{field.name: getattr(NAIVE, field.name)}) for field in fields(Recipe)
+            if getattr(last, field.name) != getattr(NAIVE, field.name)}
+    return {"last": last} | back

@@ -3,6 +3,7 @@
 Everything here works on the last dimension alone, whatever stands before it: (tokens, hidden) when serving,
 (tokens, batch, hidden) when training.
 """
+import numpy as np
 from tinygrad import Tensor, dtypes
 
 
@@ -49,7 +50,6 @@ def rope_table(positions: int, dims: int, base: float, device: str | None = None
     Computed on the host in double precision: at position 262,143 a float32 angle is wrong by 0.01.
     Source: Su et al. 2021, eq. 15.
     """
-    import numpy as np
     angles = np.arange(positions)[:, None] * base ** (-np.arange(0, dims, 2) / dims)     # (positions, dims // 2)
     return Tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32), device=device).realize()
 

@@ -1,18 +1,19 @@
 """Kernels lowered once a machine, not once a process.
 
 tinygrad keeps compiled binaries on disk, but lowers every kernel again in every process to find out which binary it
-wants, and that takes longer than running it: 50 to 100 ms each. Here the lowered programs go to disk as well, in
-tinygrad's own cache file, under the key by which tinygrad finds them in memory. CACHELEVEL=0 turns both off.
+wants. Here the lowered programs go to disk as well, in tinygrad's own cache file, under the key by which tinygrad
+finds them in memory. Like its binaries they are this machine's ("native"): no folder to share between processors.
+CACHELEVEL=0 turns both off.
 """
+from importlib.metadata import version
 from typing import Any
 
-import tinygrad
 from tinygrad import codegen
 from tinygrad.engine import realize
 from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.uop.ops import UOp
 
-TABLE = f"minillama_programs_{getattr(tinygrad, '__version__', '0.14.0')}"
+TABLE = f"minillama_programs_{version('tinygrad')}"      # lowering changes with every release
 
 
 def disk_key(key: tuple) -> str:

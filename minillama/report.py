@@ -78,8 +78,8 @@ def results_section() -> str:
         f"generation. {machines}. The rungs before `captured` build their graph in Python for every batch; prompts "
         f"are 64 tokens, 8 where the recurrence runs token by token.",
         ladder_table(ladders),
-        "What copies alone cost (the ablation that re-creates #19375: best recipe, captured, copies everywhere or "
-        "none), as a gain in speed, with kernels and copies a token:",
+        "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
+        "gain in speed, with kernels and copies a token:",
         copies_table(copies)]) if ladders and copies else "*No results are stored yet.*"
 
 

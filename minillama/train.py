@@ -86,9 +86,13 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return (logits.logsumexp(-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)).mean()
 
 
-def losses(ids: Tensor, w: ModelWeights, config: ModelConfig, t: Training, table: Tensor,
+def losses(ids: Tensor, w: ModelWeights, config: ModelConfig, table: Tensor,
            routed: Callable = experts.dense) -> tuple[Tensor, ...]:
-    """The losses of ids (length + AHEAD, batch): next token, MTP, the block's second step, balance; each a scalar."""
+    """The losses of ids (length + AHEAD, batch): next token, MTP, the block's second step (each in nats), balance.
+
+    The second step runs the block over its own outputs alone: when drafting, it also sees the keys that the block made
+    of true hidden states. A cheaper stand-in; `data/training/` trains the shipped model with the real ones.
+    """
     length = ids.shape[0] - AHEAD
     x, balances = w.embed[ids[:length]], []                                 # (length, batch, hidden)
     for layer in w.layers:
@@ -134,7 +138,7 @@ class Trainer:
     def _step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (length + AHEAD, batch): one update; the losses, and the gradient's norm before clipping."""
         half = getattr(dtypes, self.training.half)
-        parts = losses(ids, as_weights(self.params, self.config, half), self.config, self.training, self.table)
+        parts = losses(ids, as_weights(self.params, self.config, half), self.config, self.table)
         params = list(self.params.values())
         grads = [grad.contiguous() for grad in total(parts, self.training).gradient(*params)]
         norm = sum(grad.square().sum() for grad in grads).sqrt().contiguous()
