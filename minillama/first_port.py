@@ -3,8 +3,8 @@
 `copies="everywhere"` runs these forms instead of those in `delta_net` and `attention`; they are equal. The copies
 follow the kinds that #19375 lists (views after the convolution, heads repeated before the norm, inputs of the padding,
 operands turned over, the state in every chunk, a growing concat, the attention query), not its graph node by node, and
-some that llama.cpp still makes (the attention gate, b, a, the repeated heads) are among them: their number is ours, not
-ggml's. What an operation of ggml writes to memory is written here too (`contiguous`).
+some that llama.cpp still makes (the attention gate, b, a, the repeated heads) are among them. Their number is ours,
+not ggml's. What an operation of ggml writes to memory is written here too (`contiguous`).
 """
 from tinygrad import Tensor, UOp
 
