@@ -5,7 +5,9 @@ Source: Ainslie et al. 2023 (grouped queries); Qiu et al. 2025, "Gated attention
 from tinygrad import Tensor, UOp
 
 from minillama.config import ModelConfig
-from minillama.layers import linear, project, rms_norm, rope
+from minillama.kernels import attention as kernels
+from minillama.kernels import tuning
+from minillama.layers import columns, linear, project, rms_norm, rope
 from minillama.weights import AttentionWeights
 
 
@@ -44,8 +46,8 @@ def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: 
 
 
 def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, start: int | UOp = 0,
-              cache=None) -> Tensor:
-    """One gated attention mixer. x (tokens, ..., hidden) at positions start..; returns the same shape.
+              cache=None, residual: Tensor | None = None) -> Tensor:
+    """One gated attention mixer, plus `residual`. x (tokens, ..., hidden) at positions start..; returns that shape.
 
     `cache.write(k, v, start)` stores the new rows and returns all rows so far; without a cache the text starts here.
     """
@@ -53,4 +55,25 @@ def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor
     if cache is not None:
         k, v = cache.write(k, v, start)
     out = attend(q, k, v, start) * gate.sigmoid()
-    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out)
+    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)
+
+
+def in_teams(device: str, config: ModelConfig) -> bool:
+    """Whether `attention_step` can do this model on this device."""
+    threads, share = min(kernels.THREADS, config.head_dim), config.heads // config.kv_heads
+    return tuning.teams(device) and config.head_dim % threads == 0 and threads % share == 0
+
+
+def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
+                   residual: Tensor) -> Tensor:
+    """`attention` for a few tokens where threads work in teams, in seven kernels. x and residual (tokens, hidden);
+    table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token."""
+    c, (tokens, _) = config, x.shape
+    keys = c.kv_heads * c.head_dim
+    (q, at), k, v = columns(x, w.inputs, (2 * c.heads * c.head_dim, keys, keys))    # q: per head [query | gate]
+    turned = Tensor.empty(tokens, c.heads, c.head_dim, device=x.device)
+    turned = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned, False)
+    rows = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys, True)
+    y = kernels.attend(turned, rows, kernels.stored(v, cache.values, position), (q, at + c.head_dim), 2 * c.head_dim,
+                       position)
+    return linear(y, w.out, residual)

@@ -24,14 +24,14 @@ from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.layers import linear
 from minillama.measure import Call, Counts, calls_of
-from minillama.model import forward_mtp, run_layer
+from minillama.model import forward_mtp, place_of, run_layer
 from minillama.recipe import Recipe
 from minillama.results import read_results
 from minillama.roofline import Roofline, from_result
-from minillama.shapes import RandomWeights, unfilled, weight_format
-from minillama.state import DeltaState, KVCache
+from minillama.shapes import RandomWeights, check_format, tensors_of, unfilled
+from minillama.state import DeltaRings, DeltaState, KVCache
 from minillama.units import in_units
-from minillama.weights import AttentionWeights, LayerWeights, MTPWeights
+from minillama.weights import AttentionWeights, LayerWeights, MTPWeights, Weight
 
 ORDER = ("embedding", "norm", "MTP input", "projections", "convolution", "delta rule", "attention",
          "output projection", "router", "shared expert", "experts", "head")
@@ -87,13 +87,15 @@ class Marks(dict[UOp, Mark]):
     def __init__(self, config: ModelConfig, tokens: int, depth: int, logits: int = 1):
         self.config, self.tokens, self.depth, self.logits = config, tokens, depth, logits
 
-    def weight(self, part: str, then: str, *tensors: Tensor, picked: float = 1.0, share: float = 1.0) -> None:
+    def weight(self, part: str, then: str, *tensors: Weight, picked: float = 1.0, share: float = 1.0) -> None:
         """Weights that are read once, but only the part `picked`; each token is multiplied by a `share` of them."""
-        for tensor in tensors:
-            ops = 2 * tensor.numel() * share * self.tokens if tensor.ndim > 1 else 0
-            self[tensor.uop.base] = Mark(part, then, tensor.nbytes() * picked, ops)
+        for weight in tensors:
+            ops = 2 * weight.numel() * share * self.tokens if len(weight.shape) > 1 else 0
+            for tensor in tensors_of(weight):
+                self[tensor.uop.base] = Mark(part, then, tensor.nbytes() * picked, ops)
+                ops = 0
 
-    def layer(self, w: LayerWeights, state: DeltaState | KVCache) -> "Marks":
+    def layer(self, w: LayerWeights, state: DeltaState | DeltaRings | KVCache) -> "Marks":
         used = self.config.experts_used / self.config.experts
         picked = min(1.0, self.tokens * used)
         self.weight("norm", "norm", w.norm, w.post_norm)
@@ -107,8 +109,9 @@ class Marks(dict[UOp, Mark]):
             self.weight("projections", "convolution", *w.mixer.inputs)
             self.weight("convolution", "delta rule", w.mixer.conv)
             self.weight("delta rule", "delta rule", w.mixer.dt_bias, w.mixer.a, w.mixer.norm)
-            for tensor, part in ((state.window, "convolution"), (state.memory, "delta rule")):
-                self[tensor.uop.base] = Mark(part, part, 2 * tensor.nbytes())
+            for tensor, part in zip(state.tensors(), ("convolution", "delta rule"), strict=True):
+                bytes = 2 * tensor.nbytes() if isinstance(state, DeltaState) else self.of_ring(part, tensor)
+                self[tensor.uop.base] = Mark(part, part, bytes)
         self.weight("output projection", "norm", w.mixer.out)
         self.weight("router", "router", w.experts.router)
         self.weight("shared expert", "shared expert", w.experts.shared_gate, *w.experts.shared_inputs,
@@ -117,33 +120,49 @@ class Marks(dict[UOp, Mark]):
         self.weight("experts", "norm", w.experts.down, picked=picked, share=used)
         return self
 
+    def of_ring(self, part: str, ring: Tensor) -> int:
+        """Bytes that a step must move of a ring: it reads the last rows, and writes a row for each of its tokens."""
+        read, written = (self.config.conv_width - 1, min(self.tokens, self.config.conv_width - 1)
+                         ) if part == "convolution" else (1, 1)
+        return (read + written) * ring.nbytes() // ring.shape[0]
+
     def mtp(self, w: MTPWeights, state: KVCache) -> "Marks":
         self.layer(w.layer, state)
         self.weight("norm", "norm", w.embed_norm, w.hidden_norm, w.out_norm)
         self.weight("MTP input", "norm", w.project)
         return self.ends(w.embed, w.head)
 
-    def ends(self, embed: Tensor, head: Tensor) -> "Marks":
-        rows, row = self.logits, embed.nbytes() / embed.shape[0]
-        self[embed.uop.base] = Mark("embedding", "norm", self.tokens * row)
-        self[head.uop.base] = Mark("head", "head", head.nbytes() + rows * head.shape[0] * 4, 2 * rows * head.numel())
+    def ends(self, embed: Weight, head: Weight) -> "Marks":
+        rows = self.logits
+        for tensor in tensors_of(embed):
+            self[tensor.uop.base] = Mark("embedding", "norm", self.tokens * tensor.nbytes() / embed.shape[0])
+        written, ops = rows * head.shape[0] * 4, 2 * rows * head.numel()
+        for tensor in tensors_of(head):
+            self[tensor.uop.base] = Mark("head", "head", tensor.nbytes() + written, ops)
+            written = ops = 0
         return self
 
-    def parts(self, replay: TinyJit) -> Iterator[Part]:
-        """The captured step's kernels, sorted; parts that have neither kernels nor marks are left out."""
+    def named(self, replay: TinyJit) -> list[tuple[Call, str]]:
+        """The captured step's kernels in order, each with the part of the model that it belongs to."""
         calls = calls_of(replay, values={"start": self.depth, "valid": self.tokens})
-        found: dict[str, list[Call]] = {name: [] for name in ORDER}
+        found: list[tuple[Call, str]] = []
         behind: dict[UOp, str] = {}             # buffer -> the part of whoever goes on with its present contents
         for call, uop in zip(calls, replay.captured.linear.src, strict=True):
             touched = [self[buffer.base] for buffer in uop.src[1:] if buffer.base in self]
             left = [Mark(behind[buffer], behind[buffer]) for buffer in uop.src[2:] if buffer in behind]
             mark = max([*touched, *left], key=lambda mark: ORDER.index(mark.part), default=Mark("norm", "norm"))
-            found[mark.part].append(call)
+            found.append((call, mark.part))
             behind[uop.src[1]] = mark.then      # a kernel's first buffer is its output
-        for name, own in found.items():
+        return found
+
+    def parts(self, replay: TinyJit) -> Iterator[Part]:
+        """The captured step's kernels, sorted; parts that have neither kernels nor marks are left out."""
+        named = self.named(replay)
+        for name in ORDER:
+            own = tuple(call for call, part in named if part == name)
             marks = [mark for mark in self.values() if mark.part == name]
             if own or marks:
-                yield Part(name, tuple(own), round(sum(m.bytes for m in marks)), round(sum(m.ops for m in marks)))
+                yield Part(name, own, round(sum(m.bytes for m in marks)), round(sum(m.ops for m in marks)))
 
 
 # ---- what is captured ---------------------------------------------------------------------------------------------
@@ -167,8 +186,8 @@ def count_layer(engine: Engine, index: int, tokens: int, depth: int) -> tuple[Pa
     w, part = engine.weights.layers[index], engine.state.layers[index]
 
     def run(x: Tensor, start: UOp, valid: UOp | None) -> Tensor:
-        rows = engine.table[start:start + tokens]
-        return run_layer(x, w, engine.config, engine.recipe, part, rows, start, valid).contiguous().realize()
+        at = place_of(x, start, valid)
+        return run_layer(x, w, engine.config, engine.recipe, part, engine.table, at).contiguous().realize()
     replay = captured(run, Tensor.empty(tokens, engine.config.hidden).realize(), *bound(engine, tokens, depth))
     return tuple(Marks(engine.config, tokens, depth).layer(w, part).parts(replay))
 
@@ -178,7 +197,8 @@ def count_mtp(engine: Engine, tokens: int, depth: int) -> tuple[Part, ...]:
     w, c = engine.weights, engine.config
 
     def run(ids: Tensor, hidden: Tensor, start: UOp, valid: UOp | None) -> Tensor:
-        out = forward_mtp(ids, hidden, w, c, engine.recipe, engine.state, engine.table, start)
+        at = place_of(ids, start, valid)
+        out = forward_mtp(ids, hidden, w, c, engine.recipe, engine.state, engine.table, at)
         last = tokens - 1 if valid is None else valid - 1
         return linear(out[last].contiguous(), w.mtp.head).realize()
     inputs = (Tensor.empty(tokens, dtype=dtypes.int32), Tensor.empty(tokens, c.hidden))
@@ -219,7 +239,9 @@ def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, de
         raise ValueError(f"{depth + tokens} tokens do not fit into the model's context of {config.context}")
     with Context(DEV="NULL", JIT=2):            # JIT=2 leaves the calls one by one
         small, recipe = one_of_each(config), replace(recipe, capture="jit")
-        weights = RandomWeights(small, weight_format(format), recipe.projections == "fused", unfilled()).model()
+        packed = recipe.weights == "packed"
+        weights = RandomWeights(small, check_format(format, packed), recipe.projections == "fused", packed,
+                                unfilled()).model()
         engine = Engine(weights, small, recipe, context=depth + tokens, batches=(tokens,))
         groups = [Group(NAMES[kind], config.recurrent.count(kind), count_layer(engine, index, tokens, depth))
                   for index, kind in enumerate(small.recurrent)]

@@ -7,7 +7,8 @@ Source: Yang, Kautz & Hatamizadeh 2024, "Gated Delta Networks"; llama.cpp #16095
 from tinygrad import Tensor
 
 from minillama.config import ModelConfig
-from minillama.layers import l2_norm, linear, project, rms_norm
+from minillama.kernels import delta as kernels
+from minillama.layers import columns, l2_norm, linear, project, rms_norm
 from minillama.weights import DeltaNetWeights
 
 CHUNK = 64
@@ -129,3 +130,17 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     out, state = delta(l2_norm(q), l2_norm(k), v, g, beta, state)           # (tokens, v_heads, dim)
     gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()
     return linear(gated.reshape(*x.shape[:-1], c.value_width), w.out), past, state
+
+
+def delta_net_step(x: Tensor, w: DeltaNetWeights, config: ModelConfig, history: Tensor, memories: Tensor,
+                   position: Tensor, residual: Tensor | None = None) -> Tensor:
+    """One Gated DeltaNet mixer for a few tokens, in four kernels, plus `residual`. x and result (tokens, hidden).
+
+    history (kernels.HISTORY, channels) and memories (slots, v_heads, dim, dim) are rings over positions, read and
+    written in place; position (1,) int32 is that of the first token. Source: llama.cpp #19504.
+    """
+    c = config
+    qkv, z, b, a = columns(x, w.inputs, (c.conv_channels, c.value_width, c.v_heads, c.v_heads))
+    qkv = kernels.conv(qkv, history, w.conv, position)                      # (tokens, conv_channels)
+    y = kernels.step(qkv, z, b, a, memories, w.dt_bias, w.a, w.norm, c.norm_eps, position)
+    return linear(y, w.out, residual)

@@ -14,7 +14,8 @@ from minillama.units import in_units
 LONGEST = 120       # characters of a metadata value that are shown
 CONTEXTS = (4096, 32768)
 PADDING = 512       # the engine's largest batch: a padded one may overrun the context by so many positions
-FLOAT = 4           # bytes: weights are unpacked to float32, and so is the state
+FLOAT = 4           # bytes: of a value of the state
+HISTORY, SLOTS = 16, 2      # rows of a delta net's rings: its convolution's inputs, its memories
 
 
 def table(title: str, *columns: str, left: int = 1, rows: Iterator[tuple]) -> Table:
@@ -101,10 +102,10 @@ def parameter_table(file: GGUF, config: ModelConfig) -> Table:
 
 
 def state_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes of the state for one text: caches that grow with the context, windows and memories that do not."""
+    """Bytes of the default recipe's state for one text: caches that grow with the context, rings that do not."""
     caches = config.recurrent.count(False) + config.mtp_blocks
     cache = 2 * (context + PADDING) * config.kv_heads * config.head_dim
-    delta = (config.conv_width - 1) * config.conv_channels + config.v_heads * config.state_dim ** 2
+    delta = HISTORY * config.conv_channels + SLOTS * config.v_heads * config.state_dim ** 2
     return FLOAT * (caches * cache + config.recurrent.count(True) * delta)
 
 
@@ -112,7 +113,6 @@ def memory_table(file: GGUF, config: ModelConfig, context: int | None) -> Table:
     """What the device must hold at a context, or at a few up to the model's longest."""
     lengths = [context] if context else sorted({min(length, config.context) for length in (*CONTEXTS, config.context)})
     stored = sum(tensor.nbytes for tensor in file.tensors.values())
-    weights = FLOAT * sum(prod(tensor.shape) for tensor in file.tensors.values())
-    rows = ((length, *(in_units(amount, "B") for amount in (stored, weights, state, weights + state)))
+    rows = ((length, *(in_units(amount, "B") for amount in (stored, state, stored + state)))
             for length in lengths for state in [state_bytes(config, length)])
-    return table("Memory", "context", "in the file", "weights as float32", "state", "together", left=0, rows=rows)
+    return table("Memory", "context", "weights", "state", "together", left=0, rows=rows)

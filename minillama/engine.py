@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Tensor, TinyJit, UOp, dtypes
+from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 
 from minillama import program_cache, sampling
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
 from minillama.layers import linear, rope_table
-from minillama.model import forward, forward_mtp
-from minillama.recipe import Recipe
+from minillama.model import Place, forward, forward_mtp, place_of
+from minillama.recipe import LOADED, Recipe
 from minillama.sampling import Sampler
 from minillama.state import State
 from minillama.tokenizer import Tokenizer
@@ -23,6 +23,15 @@ from minillama.weights import ModelWeights, load_weights
 program_cache.install()
 BATCHES = (512, 64, 8, 1)
 CONTEXT = 4096
+SLOTS = 2           # of a ring of memories: the one that a token reads, the one that it writes
+
+
+def put(tensor: Tensor, values: np.ndarray) -> Tensor:
+    """Overwrite a realized tensor; a new one would cost a millisecond of Python. Waits for whoever still reads it."""
+    buffer = tensor.uop.buffer
+    Device[buffer.device].synchronize()
+    buffer.allocator._copyin(buffer._buf, memoryview(values).cast("B"))
+    return tensor
 
 
 class ContextError(ValueError):
@@ -38,10 +47,11 @@ class Engine:
         self.weights, self.config, self.recipe, self.tokenizer = weights, config, recipe, tokenizer
         self.context, self.device, self.batches = min(context, config.context), device, batches
         positions = self.context + max(batches)     # a padded last batch may overrun the context
-        self.state = State.zeros(config, positions, device)
+        self.state = State.zeros(config, positions, device, SLOTS if recipe.delta == "fused" else 0)
         self.table = rope_table(positions, config.rope_dim, config.rope_base, device)
         self.start = UOp.variable("start", 0, self.context)
         self.steps: dict[tuple[str, int], Callable] = {}
+        self.inputs: dict[int, Tensor] = {}         # ids by the size of their batch
         self.position = 0                           # tokens in the state
 
     @classmethod
@@ -52,14 +62,16 @@ class Engine:
         config = ModelConfig.from_gguf(file)
         check_tensors(file, config)
         tokenizer = Tokenizer.from_gguf(file)
-        weights = load_weights(file, config, recipe.projections == "fused", device, progress)
+        weights = load_weights(file, config, recipe.projections == "fused", recipe.weights == "packed", device,
+                               progress=progress)
         return cls(weights, config, recipe, context=context, tokenizer=tokenizer, device=device)
 
     def with_recipe(self, **changes) -> "Engine":
         """An engine of its own (new state) on the same weights: `engine.with_recipe(delta=my_chunked)`."""
         recipe = replace(self.recipe, **changes)
-        if recipe.projections != self.recipe.projections:
-            raise ValueError("recipe: projections are laid out when a file is loaded; use Engine.load for that one")
+        for name in LOADED:
+            if getattr(recipe, name) != getattr(self.recipe, name):
+                raise ValueError(f"recipe: {name} are laid out when a file is loaded; use Engine.load for that one")
         return Engine(self.weights, self.config, recipe, context=self.context, tokenizer=self.tokenizer,
                       device=self.device, batches=self.batches)
 
@@ -70,25 +82,25 @@ class Engine:
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
-    def hidden(self, ids: Tensor, start: UOp, valid: UOp | None) -> Tensor:
+    def hidden(self, ids: Tensor, at: Place) -> Tensor:
         """The model on one batch: ids (tokens,) -> hidden states after the last norm (tokens, hidden)."""
-        return forward(ids, self.weights, self.config, self.recipe, self.state, self.table, start, valid)
+        return forward(ids, self.weights, self.config, self.recipe, self.state, self.table, at)
 
-    def last_logits(self, ids: Tensor, start: UOp, valid: UOp | None) -> Tensor:
+    def last_logits(self, ids: Tensor, at: Place) -> Tensor:
         """Logits after the batch's last token, (vocab,): the head runs for that row, or for all (recipe.logits)."""
-        hidden = self.hidden(ids, start, valid)
-        last = ids.shape[0] - 1 if valid is None else valid - 1
+        hidden = self.hidden(ids, at)
+        last = (at.tokens if at.valid is None else at.valid) - 1
         if self.recipe.logits == "all":
             return linear(hidden, self.weights.head).contiguous()[last].contiguous()
         return linear(hidden[last].contiguous(), self.weights.head)
 
-    def _run(self, kind: str, ids: Tensor, start: UOp, valid: UOp | None, *more: Tensor) -> Tensor:
+    def _run(self, kind: str, ids: Tensor, at: Place, *more: Tensor) -> Tensor:
         if kind == "every":
-            return linear(self.hidden(ids, start, valid), self.weights.head).contiguous()
+            return linear(self.hidden(ids, at), self.weights.head).contiguous()
         if kind == "mtp":
-            hidden = self.hidden(ids, start, valid)
-            return forward_mtp(more[0], hidden, self.weights, self.config, self.recipe, self.state, self.table, start)
-        logits = self.last_logits(ids, start, valid)
+            hidden = self.hidden(ids, at)
+            return forward_mtp(more[0], hidden, self.weights, self.config, self.recipe, self.state, self.table, at)
+        logits = self.last_logits(ids, at)
         if kind == "greedy":
             return sampling.greedy(logits)
         if kind == "sampled":
@@ -101,16 +113,18 @@ class Engine:
         size = ids.shape[0]
         key = kind, size
         if key not in self.steps:
-            def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], _: list[Tensor]) -> Tensor:
-                return self._run(kind, ids, start, valid, *more).realize()
+            def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], given: list[Tensor],
+                    ) -> Tensor:
+                at = Place(size, start, valid, *given, True) if given else place_of(ids, start, valid)
+                return self._run(kind, ids, at, *more).realize()
             if self.recipe.capture != "eager":
                 run = TinyJit(run, prune=self.recipe.capture == "prune")
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
         bound = UOp.variable("valid", 1, size).bind(valid) if size > 1 else None
-        # Pruning freezes what depends on no input: there, whatever changes or is indexed by position is one.
-        kept = [*self.state.tensors(), self.table] if self.recipe.capture == "prune" else []
-        return self.steps[key](ids, self.start.bind(start), bound, more, kept)
+        given = [Tensor([place], dtype=dtypes.int32, device=self.device).realize() for place in (start, start + valid)
+                 ] if self.recipe.capture == "prune" else []
+        return self.steps[key](ids, self.start.bind(start), bound, more, given)
 
     # ---- a text ---------------------------------------------------------------------------------------------------
 
@@ -141,7 +155,9 @@ class Engine:
             part = ids[at:at + size]
             padded = np.zeros(size, dtype=np.int32)
             padded[:len(part)] = part
-            yield Tensor(padded, device=self.device).realize(), self.position, len(part), at
+            if size not in self.inputs:
+                self.inputs[size] = Tensor(padded, device=self.device).realize()
+            yield put(self.inputs[size], padded), self.position, len(part), at
             at += len(part)
             self.position += len(part)
 

@@ -6,6 +6,8 @@ picked, by index), take the same arguments and are equal. Source: Shazeer et al.
 from tinygrad import Tensor, dtypes
 
 from minillama.config import ModelConfig
+from minillama.kernels import groups, product, router
+from minillama.kernels.packed import Packed, unpacked
 from minillama.layers import linear, project, swiglu
 from minillama.weights import ExpertWeights
 
@@ -35,24 +37,41 @@ def dense(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
     All experts side by side are one wide SwiGLU network; a token's shares scale its columns, most of them by 0.
     """
     experts, hidden, width = w.down.shape
+    down = plain(w.down)
     chosen = ids.unsqueeze(-1) == Tensor.arange(experts)                    # (tokens, used, experts)
     share = chosen.where(probs.unsqueeze(-1), 0).sum(axis=1)                # (tokens, experts)
-    gate, up = (linear(x, weight.reshape(experts * width, hidden)) for weight in w.pair())
+    gate, up = (linear(x, plain(weight).reshape(experts * width, hidden)) for weight in w.pair())
     y = swiglu(gate, up).reshape(-1, experts, width) * share.unsqueeze(-1)
-    y = y.reshape(-1, experts * width).cast(w.down.dtype).contiguous()
-    return linear(y, w.down.permute(1, 0, 2).reshape(hidden, experts * width))
+    y = y.reshape(-1, experts * width).cast(down.dtype).contiguous()
+    return linear(y, down.permute(1, 0, 2).reshape(hidden, experts * width))
 
 
 def gathered(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
     """Only the experts that were picked, by index. Arguments and result as `dense`."""
+    if isinstance(w.down, Packed):
+        return product.mixed(product.gated(x, *w.pair(), ids, probs), w.down, ids)
     rows = x.reshape(x.shape[0], 1, 1, x.shape[1])                          # (tokens, 1, 1, hidden)
     gate, up = ((rows * weight[ids]).sum(-1) for weight in w.pair())        # (tokens, used, width) each
     y = (swiglu(gate, up) * probs.unsqueeze(-1)).contiguous()
     return (y.unsqueeze(2) * w.down[ids]).sum(-1).sum(1)                    # (tokens, hidden)
 
 
-def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed) -> tuple[Tensor, Tensor, Tensor]:
-    """Routed experts plus the gated shared expert. x (..., hidden); `routed` is one of the forms above.
+def grouped(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
+    """As `gathered`, but tokens that picked the same expert share one reading of it. Arguments, result as `dense`."""
+    if not isinstance(w.down, Packed):
+        return gathered(x, w, ids, probs)       # plain weights have no kernel for it
+    sorted_ids = groups.group(ids, w.down.shape[0])
+    return groups.mixed(groups.gated(x, *w.pair(), sorted_ids, probs), w.down, sorted_ids)
+
+
+def plain(weight: Tensor | Packed) -> Tensor:
+    """A weight's values: its own, or unpacked into a buffer."""
+    return unpacked(weight).reshape(weight.shape) if isinstance(weight, Packed) else weight
+
+
+def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, residual: Tensor | None = None,
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed experts plus the gated shared expert, plus `residual`. x (..., hidden); `routed`: one of the forms above.
 
     Returns y (..., hidden), and for training the router's softmax (tokens, experts) and choice (tokens, used).
     """
@@ -62,4 +81,14 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed) -> t
     gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
     shared = linear(swiglu(gate, up), w.shared_down)
     y = y + shared * (rows * w.shared_gate).sum(axis=-1, keepdim=True).sigmoid()
-    return y.reshape(x.shape), every, ids
+    y = y.reshape(x.shape)
+    return y if residual is None else y + residual, every, ids
+
+
+def few_tokens(x: Tensor, w: ExpertWeights, config: ModelConfig, residual: Tensor) -> Tensor:
+    """`experts_layer` with packed weights for a few tokens, in seven kernels: the router's product, its choice and its
+    shares, both expert networks' first and second halves. x, residual and result (tokens, hidden)."""
+    ids, probs = router.route(linear(x, w.router), config.experts_used)
+    shared = product.shared_gated(x, *w.shared_inputs, w.shared_gate)        # (tokens, shared_width)
+    residual = product.linear(shared, w.shared_down, residual)
+    return product.mixed(product.gated(x, *w.pair(), ids, probs), w.down, ids, residual)

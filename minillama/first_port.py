@@ -92,10 +92,10 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
 
 
 def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, start: int | UOp = 0,
-              cache=None) -> Tensor:
+              cache=None, residual: Tensor | None = None) -> Tensor:
     """`attention.attention` with the first port's copies of query and gate. Arguments and result as there."""
     q, gate, k, v = keys_and_values(x, w, config, table)
     if cache is not None:
         k, v = cache.write(k, v, start)
     out = attend(copied(q), k, v, start) * copied(gate).sigmoid()
-    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out)
+    return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)

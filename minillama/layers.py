@@ -6,6 +6,11 @@ Everything here works on the last dimension alone, whatever stands before it: (t
 import numpy as np
 from tinygrad import Tensor, dtypes
 
+from minillama.kernels import product, tuning
+from minillama.kernels.packed import Packed, halves, in_halves, rows_of, unpacked
+
+FEW = 16    # tokens up to which a packed weight is unpacked inside its product; a prompt shares one unpacked copy
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scale rows to root mean square 1, then by `weight`. x (..., dim), weight (dim,).
@@ -21,22 +26,55 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * (x.square().sum(axis=-1, keepdim=True) + eps).rsqrt()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., columns) times weight (..., rows, columns) transposed: (..., rows), float32.
+def linear(x: Tensor, weight: Tensor | Packed, residual: Tensor | None = None) -> Tensor:
+    """x (..., columns) times weight (..., rows, columns) transposed, plus `residual`: (..., rows), float32.
 
     A 16-bit weight (training on a GPU) rounds x to its own format for the product; sums stay float32.
     """
-    return x.cast(weight.dtype).matmul(weight.transpose(-1, -2), dtype=dtypes.float32)
+    if isinstance(weight, Packed):
+        return packed_linear(x, weight, residual)
+    y = x.cast(weight.dtype).matmul(weight.transpose(-1, -2), dtype=dtypes.float32)
+    return y if residual is None else y + residual
 
 
-def project(x: Tensor, weights: tuple[Tensor, ...], widths: tuple[int, ...]) -> list[Tensor]:
-    """Several products of the same x: one weight per width, or one weight that holds all rows (then x is read once).
+def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
+    """`linear` with a packed weight (rows, columns)."""
+    shape = *x.shape[:-1], weight.rows
+    x = x.reshape(-1, weight.columns)                                       # (tokens, columns)
+    if x.shape[0] <= FEW:
+        more = None if residual is None else residual.reshape(-1, weight.rows)
+        return product.linear(x, weight, more).reshape(shape)
+    if tuning.multiplies_halves(x.device):
+        y = halves(x).matmul(in_halves(weight).T, dtype=dtypes.float32)
+    else:
+        y = x @ unpacked(weight).T                                          # (tokens, rows)
+    return y.reshape(shape) if residual is None else y.reshape(shape) + residual
 
-    x (..., columns), weights (width, columns) each or (sum of widths, columns); returns (..., width) each.
-    """
-    if len(weights) == 1 < len(widths):
-        return list(linear(x, weights[0]).split(widths, dim=-1))
-    return [linear(x, weight) for weight in weights]
+
+def lookup(table: Tensor | Packed, ids: Tensor) -> Tensor:
+    """Rows of a table (vocab, columns) by number, (tokens, columns) float32. ids (tokens,) int32."""
+    return rows_of(table, ids) if isinstance(table, Packed) else table[ids]
+
+
+Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
+
+
+def columns(x: Tensor, weights: tuple[Tensor | Packed, ...], widths: tuple[int, ...]) -> list[Column]:
+    """Several products of the same x (tokens, hidden), each a run of columns of some buffer: weights may hold the rows
+    of several widths, stacked."""
+    runs, places = [], iter(widths)
+    for weight in weights:
+        y, first, rows = linear(x, weight), 0, weight.shape[-2]
+        while first < rows:
+            runs.append((y, first))
+            first += next(places)
+    return runs
+
+
+def project(x: Tensor, weights: tuple[Tensor | Packed, ...], widths: tuple[int, ...]) -> list[Tensor]:
+    """The same, each by itself: x (..., hidden); returns (..., width) each. Where one weight holds all rows, x is read
+    once."""
+    return [y[..., first:first + width] for (y, first), width in zip(columns(x, weights, widths), widths, strict=True)]
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tinygrad import Device, Tensor, codegen
 from tinygrad.device import Compiled
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine import realize
+from tinygrad.helpers import perf_counter_us
 from tinygrad.uop.ops import Ops, UOp, sym_infer
 
 # ---- one call, many times ---------------------------------------------------------------------------------------
@@ -193,6 +194,34 @@ def calls_of(function: Callable[..., Any], *args, values: dict[str, int] | None 
 def counts_of(function: Callable[..., Any], *args, values: dict[str, int] | None = None) -> Counts:
     """Kernels, bytes, operations and copies of what `function` runs; arguments as for `calls_of`."""
     return Counts.of(calls_of(function, *args, values=values))
+
+
+def seconds_of_calls(function: Callable[..., Any], *args, repeats: int = 5) -> list[float]:
+    """Seconds of each call that `function(*args)` makes, in the order of `calls_of`: the median of several runs.
+
+    The device is waited for after every call, so that each carries a launch and a wait of its own: the shares are what
+    counts, and their sum is more than a run takes. Where a device replays calls in batches, a batch is one call:
+    capture under `Context(JIT=2)`, which leaves them apart.
+    """
+    runs: list[list[float]] = []
+    follow = realize.track_stats            # tinygrad calls it after each call, with the time at which that began
+
+    def noted(ctx: Any, call: UOp, began: Any, *rest: Any) -> None:
+        synchronize()
+        runs[-1].append(float(perf_counter_us() - began) * 1e-6)
+        follow(ctx, call, began, *rest)
+    realized(function(*args))
+    realize.track_stats = noted
+    try:
+        for _ in range(repeats):
+            synchronize()
+            runs.append([])
+            realized(function(*args))
+    finally:
+        realize.track_stats = follow
+    if len({len(run) for run in runs}) > 1:
+        raise ValueError(f"the function does not make the same calls every time: {[len(run) for run in runs]}")
+    return [median(samples) for samples in zip(*runs, strict=True)]
 
 
 # ---- three clocks -----------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 
+DEFAULT_FORMAT = {True: "Q4_0", False: "F16"}       # of random weights: packed, plain
+
 
 def numbers(low: int, count: int | None = None) -> Callable[[str], list[int]]:
     """An argument's type: integers not below `low` between commas, `count` of them or any number."""
@@ -40,7 +42,7 @@ def positive(text: str) -> float:
 
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=one(1), metavar="N", help="as many layers, in the model's pattern")
-    parser.add_argument("--format", help="of the random weights (default: F16)")
+    parser.add_argument("--format", help="of the random weights (default: Q4_0, or F16 with weights=float)")
     parser.add_argument("--mtp", action="store_true", help="with the multi-token-prediction block")
     parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,…", help="how the engine computes")
 
@@ -87,11 +89,11 @@ def bench_weights(args: Namespace, recipe, trials: list):
     from minillama import bench, shapes
     from minillama.commands import open_model, with_layer_bar
     from minillama.results import Model
-    fused = recipe.projections == "fused"
+    fused, packed = recipe.projections == "fused", recipe.weights == "packed"
     if args.shape:
-        config, format = shapes.shape_config(args.shape, args.layers, args.mtp), args.format or "F16"
+        config, format = shapes.shape_config(args.shape, args.layers, args.mtp), args.format or DEFAULT_FORMAT[packed]
         bench.check_room(trials, config)
-        weights = shapes.random_weights(config, format, fused, progress=with_layer_bar)
+        weights = shapes.random_weights(config, format, fused, packed, progress=with_layer_bar)
         whole = shapes.shape_config(args.shape).layers
         name = args.shape if config.layers == whole else f"{args.shape} {config.layers} of {whole} layers"
         model, parameters = Model(name, format, config.layers), shapes.parameters(config)
@@ -101,7 +103,7 @@ def bench_weights(args: Namespace, recipe, trials: list):
         config, _ = open_model(args.model)
         bench.check_room(trials, config)
         file = GGUF(args.model)
-        weights = load_weights(file, config, fused, progress=with_layer_bar)
+        weights = load_weights(file, config, fused, packed, progress=with_layer_bar)
         model = Model(config.name, file_format(file), config.layers)
         parameters = shapes.parameters(config, file.tensors)
     size, batches = shapes.weight_bytes(weights), tuple(args.ubatch_size)
@@ -109,7 +111,7 @@ def bench_weights(args: Namespace, recipe, trials: list):
 
 
 def file_format(file) -> str:
-    """The format that holds most of a file's bytes. (On the device all are float32 so far; the size shown is that.)"""
+    """The format that holds most of a file's bytes."""
     sizes: dict[str, int] = {}
     for tensor in file.tensors.values():
         sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
@@ -157,10 +159,10 @@ def run_count(args: Namespace) -> None:
 
     from minillama import count
     from minillama.recipe import Recipe
-    from minillama.shapes import parameters, shape_config, weight_format
+    from minillama.shapes import check_format, parameters, shape_config
     config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
-    format = args.format or "F16"
-    weight_format(format)
+    packed = recipe.weights == "packed"
+    format = check_format(args.format or DEFAULT_FORMAT[packed], packed)
     console = Console(stderr=True)
     steps = [(1, f"one token at position {args.n_depth}")]
     steps += [(args.n_prompt, f"a batch of {args.n_prompt} tokens")] if args.n_prompt > 1 else []

@@ -1,59 +1,122 @@
 """The stack of layers: token ids in, hidden states out; the state is read and written on the way."""
-from tinygrad import Tensor, UOp, function
+from dataclasses import dataclass, replace
+
+from tinygrad import Tensor, UOp, dtypes, function
 
 from minillama import attention, delta_net, first_port
 from minillama.config import ModelConfig
-from minillama.experts import experts_layer
-from minillama.layers import rms_norm
+from minillama.experts import experts_layer, few_tokens
+from minillama.kernels import ring
+from minillama.kernels.norm import rms_norm as kernel_norm
+from minillama.layers import FEW, lookup, rms_norm
 from minillama.mtp import mtp_block
 from minillama.recipe import Recipe
-from minillama.state import DeltaState, KVCache, State, after, stored
-from minillama.weights import DeltaNetWeights, LayerWeights, ModelWeights
+from minillama.state import DeltaRings, DeltaState, KVCache, State, after, stored
+from minillama.weights import LayerWeights, ModelWeights
 
 
-def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | KVCache,
-        table: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
-    """A layer's mixer on normed x (tokens, hidden), reading and writing that layer's state."""
-    if not isinstance(w.mixer, DeltaNetWeights):
-        module = first_port if recipe.copies == "everywhere" else attention
-        return module.attention(x, w.mixer, config, table, start, part)
-    count = x.shape[0] if valid is None else valid
-    mask = None if valid is None else (Tensor.arange(x.shape[0]) < count).float()
-    module = first_port if recipe.copies == "everywhere" else delta_net
-    out, past, memory = module.delta_net(x, w.mixer, config, recipe.form("delta"), part.window, part.memory, mask)
-    window = past[count:count + part.window.shape[0]]                       # the last inputs that were no padding
-    return after(out, stored(part.window, window), stored(part.memory, memory))
+@dataclass(frozen=True)
+class Place:
+    """Where a batch of so many tokens stands: its first position, and how many of them are text (None: all).
 
-
-def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | KVCache,
-              table: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
-    """One layer with its state, scheduled once per kind however many there are. x and result (tokens, hidden)."""
-    @function(precompile=True, allow_implicit=True)
-    def layer(x: Tensor, start: int | UOp, valid: int | UOp | None) -> Tensor:
-        h = x + mix(rms_norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, start, valid)
-        y, _, _ = experts_layer(rms_norm(h, w.post_norm, config.norm_eps), w.experts, config, recipe.form("experts"))
-        return (h + y).contiguous()
-    return layer(x, start, valid)
-
-
-def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State, table: Tensor,
-            start: int | UOp = 0, valid: int | UOp | None = None, trace: list[Tensor] | None = None) -> Tensor:
-    """Hidden states after the last norm, (tokens, hidden), of ids (tokens,) at positions start...
-
-    The first `valid` tokens are text, the rest padding that leaves no trace in the state; None means all. `table`: the
-    rotary angles of every position, (positions, 2, rope_dim // 2). `trace` collects the input of each layer.
+    Kernels take no variables: for them, its first position and the one behind its text as int32 tensors (1,). These
+    are made from the variables, or `given`: inputs of the graph, and then all that depends on a position depends on
+    them, since pruning freezes what depends on a variable alone.
     """
-    rows = table[start:start + ids.shape[0]]
-    x = w.embed[ids]                                                        # (tokens, hidden)
+    tokens: int
+    start: int | UOp
+    valid: int | UOp | None
+    position: Tensor
+    end: Tensor
+    given: bool = False
+
+    def rows(self, table: Tensor) -> Tensor:
+        """The rows of a table by position (positions, ...) that belong to the batch, (tokens, ...)."""
+        return table[self.position + Tensor.arange(self.tokens)] if self.given else (
+            table[self.start:self.start + self.tokens])
+
+    def mask(self) -> Tensor | None:
+        """1 for text and 0 for padding, (tokens,) float32; None where all is text."""
+        if self.valid is None:
+            return None
+        count = self.end - self.position if self.given else self.valid
+        return (Tensor.arange(self.tokens) < count).float()
+
+
+def place_of(ids: Tensor, start: int | UOp, valid: int | UOp | None) -> Place:
+    """Where a batch of ids (tokens,) from `start` on stands."""
+    def tensor(number: int | UOp) -> Tensor:
+        return after(Tensor(number, dtype=dtypes.int32, device=ids.device).reshape(1))
+    tokens = ids.shape[0]
+    return Place(tokens, start, valid, tensor(start), tensor(start + (tokens if valid is None else valid)))
+
+
+def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | DeltaRings | KVCache,
+        table: Tensor, at: Place, residual: Tensor, few: bool = False) -> Tensor:
+    """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
+    rotary angles of all positions. `few`: hand-written kernels may take over."""
+    everywhere = recipe.copies == "everywhere"
+    if isinstance(part, KVCache) and few and attention.in_teams(x.device, config):
+        return attention.attention_step(x, w.mixer, config, table, part, at.position, residual)
+    if isinstance(part, KVCache):
+        module = first_port if everywhere else attention
+        return module.attention(x, w.mixer, config, at.rows(table), at.start, part, residual)
+    tokens = at.tokens
+    if isinstance(part, DeltaRings) and tokens < part.memories.shape[0] and at.valid is None:
+        return delta_net.delta_net_step(x, w.mixer, config, part.history, part.memories, at.position, residual)
+    count = tokens if at.valid is None else at.valid
+    mask, module, form = at.mask(), first_port if everywhere else delta_net, recipe.form("delta")
+    if isinstance(part, DeltaState):
+        out, past, memory = module.delta_net(x, w.mixer, config, form, part.window, part.memory, mask)
+        window = past[count:count + part.window.shape[0]]                   # the last inputs that were no padding
+        return after(residual + out, stored(part.window, window), stored(part.memory, memory))
+    width = config.conv_width - 1
+    window, history = ring.read(part.history, at.position, -width, width)
+    memory, memories = ring.read(part.memories, at.position, 0, 1)
+    out, past, memory = module.delta_net(x, w.mixer, config, form, window, memory[0], mask)
+    return after(residual + out, ring.write(history, past[count:count + width], at.end - width),
+                 ring.write(memories, memory.unsqueeze(0), at.end))
+
+
+def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
+              part: DeltaState | DeltaRings | KVCache, table: Tensor, at: Place) -> Tensor:
+    """One layer with its state. x and result (tokens, hidden).
+
+    In plain tensor code it is a function that is scheduled once per kind of layer, however many there are. Kernels
+    written by hand are scheduled quickly as they are, and a function would copy its last result.
+    """
+    packed = recipe.weights == "packed"
+    norm = kernel_norm if packed else rms_norm
+    few = packed and x.shape[0] <= FEW and recipe.experts in ("gathered", "grouped")
+    if few:
+        h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, at, x, few)
+        return few_tokens(norm(h, w.post_norm, config.norm_eps), w.experts, config, h)
+
+    @function(precompile=True, allow_implicit=True)
+    def layer(x: Tensor, start: int | UOp, valid: int | UOp | None, position: Tensor, end: Tensor) -> Tensor:
+        place = replace(at, start=start, valid=valid, position=position, end=end)
+        h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, place, x)
+        y = norm(h, w.post_norm, config.norm_eps)
+        return experts_layer(y, w.experts, config, recipe.form("experts"), h)[0].contiguous()
+    return layer(x, at.start, at.valid, at.position, at.end)
+
+
+def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State, table: Tensor, at: Place,
+            trace: list[Tensor] | None = None) -> Tensor:
+    """Hidden states after the last norm, (tokens, hidden), of ids (tokens,) that stand at a place.
+
+    Padding at the end leaves no trace in the state. `table`: the rotary angles of every position, (positions, 2,
+    rope_dim // 2). `trace` collects the input of each layer.
+    """
+    x = lookup(w.embed, ids)                                                # (tokens, hidden)
     for layer, part in zip(w.layers, state.layers, strict=True):
         if trace is not None:
             trace.append(x)
-        x = run_layer(x, layer, config, recipe, part, rows, start, valid)
+        x = run_layer(x, layer, config, recipe, part, table, at)
     return rms_norm(x, w.out_norm, config.norm_eps)
 
 
 def forward_mtp(ids: Tensor, hidden: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State,
-                table: Tensor, start: int | UOp = 0) -> Tensor:
+                table: Tensor, at: Place) -> Tensor:
     """The MTP block's normed output (tokens, hidden); ids (tokens,) are one position ahead of hidden."""
-    rows = table[start:start + ids.shape[0]]
-    return mtp_block(ids, hidden, w.mtp, config, recipe.form("experts"), rows, start, state.mtp)[0]
+    return mtp_block(ids, hidden, w.mtp, config, recipe.form("experts"), at.rows(table), at.start, state.mtp)[0]

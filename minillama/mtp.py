@@ -9,14 +9,14 @@ from tinygrad import Tensor, UOp
 from minillama.attention import attention
 from minillama.config import ModelConfig
 from minillama.experts import experts_layer
-from minillama.layers import linear, rms_norm
+from minillama.layers import linear, lookup, rms_norm
 from minillama.weights import MTPWeights
 
 
 def mtp_input(ids: Tensor, hidden: Tensor, w: MTPWeights, config: ModelConfig) -> Tensor:
     """Join what the block reads: ids (tokens, ...) of positions p + 1, hidden (tokens, ..., hidden) of positions p.
     Returns (tokens, ..., hidden)."""
-    embedded = rms_norm(w.embed[ids], w.embed_norm, config.norm_eps)
+    embedded = rms_norm(lookup(w.embed, ids), w.embed_norm, config.norm_eps)
     return linear(embedded.cat(rms_norm(hidden, w.hidden_norm, config.norm_eps), dim=-1), w.project)
 
 

@@ -6,16 +6,18 @@ from dataclasses import dataclass, fields, replace
 from minillama import delta_net, experts
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "delta": ("recurrent", "chunked"),
-    "experts": ("dense", "gathered"),
+    "delta": ("recurrent", "chunked", "fused"),
+    "experts": ("dense", "gathered", "grouped"),
     "copies": ("everywhere", "none"),
     "capture": ("eager", "jit", "prune"),
     "logits": ("all", "last"),
     "projections": ("separate", "fused"),
+    "weights": ("float", "packed"),
 }
+LOADED = ("projections", "weights")     # how weights are laid out when a file is loaded: an engine cannot change it
 FORMS: dict[str, dict[str, Callable]] = {
-    "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked},
-    "experts": {"dense": experts.dense, "gathered": experts.gathered},
+    "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked, "fused": delta_net.chunked},
+    "experts": {"dense": experts.dense, "gathered": experts.gathered, "grouped": experts.grouped},
 }
 
 
@@ -23,15 +25,18 @@ FORMS: dict[str, dict[str, Callable]] = {
 class Recipe:
     """How the engine computes. A field is a name out of CHOICES.
 
-    `delta` and `experts` may be functions of your own, with the signatures of `delta_net.recurrent` and
+    A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts and
+    two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
+    functions of your own, with the signatures of `delta_net.recurrent` and
     `experts.dense`, or "module:name" of one.
     """
-    delta: str | Callable = "chunked"
-    experts: str | Callable = "gathered"
+    delta: str | Callable = "fused"
+    experts: str | Callable = "grouped"
     copies: str = "none"
     capture: str = "jit"
     logits: str = "last"
     projections: str = "fused"
+    weights: str = "packed"
 
     def __post_init__(self):
         for field in fields(self):
@@ -43,7 +48,7 @@ class Recipe:
             raise ValueError(f"recipe: {name} is one of {', '.join(CHOICES[name])}, not {value!r}")
 
     def form(self, name: str) -> Callable:
-        """The function behind `delta` or `experts`."""
+        """The function behind `delta` or `experts`: the form for prompts, where a value names two."""
         value = getattr(self, name)
         if callable(value):
             return value

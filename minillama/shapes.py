@@ -7,11 +7,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 
+import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from minillama.config import ModelConfig, expected_tensors
-from minillama.weights import AttentionWeights, DeltaNetWeights, ExpertWeights, LayerWeights, ModelWeights, MTPWeights
+from minillama.kernels.layouts import LAYOUTS, Part
+from minillama.kernels.packed import Packed
+from minillama.weights import (
+    AttentionWeights,
+    DeltaNetWeights,
+    ExpertWeights,
+    LayerWeights,
+    ModelWeights,
+    MTPWeights,
+    Weight,
+)
 
 INTERVAL = 4        # every fourth layer has attention
 QWEN3_NEXT = dict(layers=48, context=262144, hidden=2048, vocab=151936, norm_eps=1e-6, heads=16, kv_heads=2,
@@ -24,7 +35,9 @@ SHAPES: dict[str, dict] = {
                  rope_dim=8, rope_base=1e4, k_heads=2, v_heads=4, state_dim=16, conv_width=4, experts=8,
                  experts_used=2, expert_width=32, shared_width=32),       # for trying things out
 }
-FORMATS: dict[str, DType] = {"F32": dtypes.float32, "F16": dtypes.float16}
+FLOATS: dict[str, DType] = {"F32": dtypes.float32, "F16": dtypes.float16}
+SPREADS = {"Q8_0": 73.9, "Q4_0": 4.61, "Q4_1": 4.61, "Q5_0": 9.23, "Q5_1": 9.23, "Q4_K": 4.61, "Q5_K": 9.23,
+           "Q6_K": 18.47}               # standard deviation of a format's quants, where all are equally frequent
 
 
 def shape_config(name: str, layers: int | None = None, mtp: bool = False) -> ModelConfig:
@@ -37,11 +50,13 @@ def shape_config(name: str, layers: int | None = None, mtp: bool = False) -> Mod
     return ModelConfig(name=name, mtp_blocks=int(mtp), recurrent=recurrent, **numbers)
 
 
-def weight_format(name: str) -> DType:
-    """The type behind a format's name. Raises ValueError for one in which no random weights can be made."""
-    if name not in FORMATS:
-        raise ValueError(f"--format {name:.30}: random weights come in {' or '.join(FORMATS)}, not (yet) packed")
-    return FORMATS[name]
+def check_format(name: str, packed: bool) -> str:
+    """The format's name. Raises ValueError, in one line, for one in which no such random weights can be made."""
+    known = LAYOUTS if packed else FLOATS
+    if name not in known:
+        raise ValueError(f"--format {name:.30}: random weights come in {', '.join(known)}"
+                         + ("" if packed else " (packed ones with --recipe weights=packed)"))
+    return name
 
 
 def parameters(config: ModelConfig, names: Iterable[str] = ("output.weight",)) -> int:
@@ -56,6 +71,7 @@ Fill = Callable[[tuple[int, ...], float, float, DType], Tensor]
 
 def hashed(device: str | None = None) -> Fill:
     """A maker of tensors of uniform values between two bounds, each tensor another; one kernel, nothing else stored.
+    Between equal bounds all values are that one; unsigned words get random bits, whatever the bounds.
 
     The bits are those of the integer hash "lowbias32" (C. Wellons, hash-prospector). The number of the tensor goes in
     as data, so that tensors of one shape share a kernel.
@@ -65,11 +81,15 @@ def hashed(device: str | None = None) -> Fill:
     def fill(shape: tuple[int, ...], low: float, high: float, dtype: DType) -> Tensor:
         nonlocal made
         made += 1
+        if low == high:
+            return Tensor.full(shape, low, dtype=dtype, device=device).contiguous().realize()
         number = Tensor([made], dtype=dtypes.uint32, device=device).realize()
         x = Tensor.arange(math.prod(shape), dtype=dtypes.int32).cast(dtypes.uint32)
         x = x * 0x9e3779b1 + number * 0x85ebca6b
         x = (x ^ (x >> 16)) * 0x7feb352d
         x = (x ^ (x >> 15)) * 0x846ca68b
+        if dtype == dtypes.uint32:
+            return (x ^ (x >> 16)).reshape(shape).contiguous().realize()
         unit = ((x ^ (x >> 16)) >> 8).float() * 2 ** -24                    # 0 .. 1
         return (unit * (high - low) + low).cast(dtype).reshape(shape).contiguous().realize()
     return fill
@@ -80,32 +100,84 @@ def unfilled(device: str | None = None) -> Fill:
     return lambda shape, low, high, dtype: Tensor.empty(*shape, dtype=dtype, device=device)
 
 
+def half_bits(value: float) -> int:
+    return int(np.float16(value).view(np.uint16))
+
+
+def random_packed(format: str, shape: tuple[int, ...], deviation: float, fill: Fill) -> Packed:
+    """A packed matrix of random quants whose values have mean 0 (nearly) and a standard deviation.
+
+    Scales are the same everywhere, and minima put the middle of the quants at 0; of the six-bit numbers of a K format
+    and the bytes of Q6_K, all scales and minima are one number.
+    """
+    layout, rows, columns = LAYOUTS[format], math.prod(shape[:-1]), shape[-1]
+    if format in FLOATS or format == "BF16":
+        values = fill((rows, columns), -deviation * 3 ** 0.5, deviation * 3 ** 0.5, dtypes.float32)
+        if format == "F32":
+            return Packed(format, shape, (values,))
+        bits = values.bitcast(dtypes.uint32) >> 16 if format == "BF16" else values.half().bitcast(dtypes.uint16)
+        return Packed(format, shape, (bits.cast(dtypes.uint16).contiguous().realize(),))
+
+    def words(*parts: Part) -> list[Tensor]:
+        return [fill(part.shape(rows, columns), 0, 1, part.dtype) for part in parts]
+    d = deviation / SPREADS[format]
+    middle = round(SPREADS[format] * 12 ** 0.5) / 2 - 0.5                   # of the quants, where they start at 0
+
+    def constant(part: Part, value: int) -> Tensor:
+        return fill(part.shape(rows, columns), value, value, part.dtype)
+    if format == "Q6_K":
+        arrays = (*words(*layout.parts[:2]), constant(layout.parts[2], 0x40404040),
+                  constant(layout.parts[3], half_bits(d / 64)))
+    elif format.endswith("_K"):
+        pair = half_bits(d / 32) | half_bits(d / 32 * middle) << 16
+        sixes = fill(layout.parts[-2].shape(rows, columns), 0, 0, dtypes.uint32).reshape(rows, -1, 3)
+        sixes = (sixes + Tensor([0, 0, 0xAAAAAAAA], dtype=dtypes.uint32, device=sixes.device)).reshape(rows, -1)
+        arrays = (*words(*layout.parts[:-2]), sixes.contiguous().realize(), constant(layout.parts[-1], pair))
+    elif format.endswith("_1"):
+        pair = half_bits(d) | half_bits(-d * middle) << 16
+        arrays = (*words(*layout.parts[:-1]), constant(layout.parts[-1], pair))
+    else:
+        arrays = (*words(*layout.parts[:-1]), constant(layout.parts[-1], half_bits(d)))
+    return Packed(format, shape, arrays)
+
+
 class RandomWeights:
-    """Makes the engine's records. Matrices are in `dtype`; what is small, the router and the embedding (of which a
-    step reads one row a token) are float32. Rows are scaled by 1 / sqrt(columns), so that every product keeps its
-    input's size, and what is added to the residual stream by half of that."""
+    """Makes the engine's records, packed or plain. What is small is float32, and so are the router and, plain, the
+    embedding (of which a step reads one row a token). Rows are scaled by 1 / sqrt(columns), so that every product
+    keeps its input's size, and what is added to the residual stream by half of that. As llama-quantize does, the head
+    of a packed model is Q6_K where its rows allow."""
 
-    def __init__(self, config: ModelConfig, dtype: DType, fused: bool, fill: Fill):
-        self.config, self.dtype, self.fused, self.fill = config, dtype, fused, fill
+    def __init__(self, config: ModelConfig, format: str, fused: bool, packed: bool, fill: Fill):
+        self.config, self.format, self.fused, self.packed, self.fill = config, format, fused, packed, fill
 
-    def matrix(self, *shape: int, gain: float = 1.0, dtype: DType | None = None) -> Tensor:
-        bound = gain * math.sqrt(3 / shape[-1])                             # uniform to +-b: variance b^2 / 3
-        return self.fill(shape, -bound, bound, dtype or self.dtype)
+    def matrix(self, *shape: int, gain: float = 1.0, format: str = "") -> Weight:
+        format, deviation = format or self.format, gain / math.sqrt(shape[-1])
+        if self.packed:
+            return random_packed(format, shape, deviation, self.fill)
+        bound = 3 ** 0.5 * deviation                                        # uniform to +-b: variance b^2 / 3
+        return self.fill(shape, -bound, bound, FLOATS[format])
 
-    def small(self, size: int, low: float = 1.0, high: float = 1.0) -> Tensor:
-        return self.fill((size,), low, high, dtypes.float32)
+    def small(self, *shape: int, low: float = 1.0, high: float = 1.0) -> Tensor:
+        return self.fill(shape, low, high, dtypes.float32)
 
-    def inputs(self, *rows: int, experts: tuple[int, ...] = ()) -> tuple[Tensor, ...]:
+    def inputs(self, *rows: int) -> tuple[Weight, ...]:
         """Weights that read the hidden state, stacked as one where projections are fused."""
         stacked = (sum(rows),) if self.fused else rows
-        return tuple(self.matrix(*experts, count, self.config.hidden) for count in stacked)
+        return tuple(self.matrix(count, self.config.hidden) for count in stacked)
+
+    def pair(self, *shape: int) -> tuple[Weight, ...]:
+        """Gate and up of a gated network (..., width, hidden): two, or one where plain projections are fused."""
+        if self.fused and not self.packed:
+            return (self.matrix(*shape[:-2], 2 * shape[-2], shape[-1]),)
+        return self.matrix(*shape), self.matrix(*shape)
 
     def delta_net(self) -> DeltaNetWeights:
         c = self.config
         return DeltaNetWeights(
             self.inputs(c.conv_channels, c.value_width, c.v_heads, c.v_heads),
-            self.matrix(c.conv_channels, c.conv_width, dtype=dtypes.float32), self.small(c.v_heads, -7, -2),
-            self.small(c.v_heads, -16, -1), self.small(c.state_dim), self.matrix(c.hidden, c.value_width, gain=0.5))
+            self.small(c.conv_channels, c.conv_width, low=-0.87, high=0.87), self.small(c.v_heads, low=-7, high=-2),
+            self.small(c.v_heads, low=-16, high=-1), self.small(c.state_dim),
+            self.matrix(c.hidden, c.value_width, gain=0.5))
 
     def attention(self) -> AttentionWeights:
         c, keys = self.config, self.config.kv_heads * self.config.head_dim
@@ -115,34 +187,36 @@ class RandomWeights:
     def experts(self) -> ExpertWeights:
         c = self.config
         return ExpertWeights(
-            self.matrix(c.experts, c.hidden, dtype=dtypes.float32),
-            self.inputs(c.expert_width, c.expert_width, experts=(c.experts,)),
+            self.matrix(c.experts, c.hidden, format="F32"), self.pair(c.experts, c.expert_width, c.hidden),
             self.matrix(c.experts, c.hidden, c.expert_width, gain=0.5),
-            self.matrix(c.hidden, dtype=dtypes.float32), self.inputs(c.shared_width, c.shared_width),
+            self.small(c.hidden, low=-(3 / c.hidden) ** 0.5, high=(3 / c.hidden) ** 0.5),
+            self.pair(c.shared_width, c.hidden),
             self.matrix(c.hidden, c.shared_width, gain=0.5))
 
     def layer(self, recurrent: bool) -> LayerWeights:
         mixer = self.delta_net() if recurrent else self.attention()
         return LayerWeights(self.small(self.config.hidden), mixer, self.small(self.config.hidden), self.experts())
 
-    def mtp(self, embed: Tensor, head: Tensor) -> MTPWeights:
+    def mtp(self, embed: Weight, head: Weight) -> MTPWeights:
         hidden = self.config.hidden
         return MTPWeights(self.small(hidden), self.small(hidden), self.matrix(hidden, 2 * hidden), self.layer(False),
                           self.small(hidden), embed, head)
 
     def model(self, progress: Callable[[Iterable[bool]], Iterable[bool]] = iter) -> ModelWeights:
         c = self.config
-        embed = self.fill((c.vocab, c.hidden), -0.03, 0.03, dtypes.float32)
-        head = self.matrix(c.vocab, c.hidden)
+        embed = self.matrix(c.vocab, c.hidden, gain=0.02 * c.hidden ** 0.5, format="" if self.packed else "F32")
+        six = self.packed and self.format in SPREADS and c.hidden % LAYOUTS["Q6_K"].block == 0
+        head = self.matrix(c.vocab, c.hidden, format="Q6_K" if six else "")
         layers = tuple(self.layer(recurrent) for recurrent in progress(c.recurrent))
         return ModelWeights(embed, layers, self.small(c.hidden), head,
                             self.mtp(embed, head) if c.mtp_blocks else None)
 
 
-def random_weights(config: ModelConfig, format: str = "F16", fused: bool = True, device: str | None = None,
+def random_weights(config: ModelConfig, format: str = "F16", fused: bool = True, packed: bool = False,
+                   device: str | None = None, *,
                    progress: Callable[[Iterable[bool]], Iterable[bool]] = iter) -> ModelWeights:
     """Weights of a model's shapes on the device, the same on every call; activations stay finite with them."""
-    return RandomWeights(config, weight_format(format), fused, hashed(device)).model(progress)
+    return RandomWeights(config, check_format(format, packed), fused, packed, hashed(device)).model(progress)
 
 
 def tensors_of(record: object) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, UOp, dtypes
 
 from minillama.config import ModelConfig
+from minillama.kernels.delta import HISTORY
 
 
 def stored(buffer: Tensor, values: Tensor, rows: slice | None = None) -> Tensor:
@@ -61,14 +62,27 @@ class DeltaState:
 
 
 @dataclass(frozen=True)
+class DeltaRings:
+    """One Gated DeltaNet layer as its kernels keep it, indexed by position: the last inputs of the convolution
+    (HISTORY, conv_channels), and memories (slots, v_heads, state_dim, state_dim), slot p % slots the one before the
+    token at position p. Stepping back is going on at an earlier position; nothing is copied."""
+    history: Tensor
+    memories: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.history, self.memories
+
+
+@dataclass(frozen=True)
 class State:
     """The state of the whole model for one text of up to `positions` tokens: the context and one padded batch."""
-    layers: tuple[KVCache | DeltaState, ...]
+    layers: tuple[KVCache | DeltaState | DeltaRings, ...]
     mtp: KVCache | None
     positions: int
 
     @classmethod
-    def zeros(cls, config: ModelConfig, positions: int, device: str | None = None) -> "State":
+    def zeros(cls, config: ModelConfig, positions: int, device: str | None = None, slots: int = 0) -> "State":
+        """The state before the first token. `slots`: of the delta nets' rings; 0: they have none."""
         def buffer(*shape: int) -> Tensor:
             return Tensor.zeros(*shape, dtype=dtypes.float32, device=device).contiguous().realize()
 
@@ -76,7 +90,10 @@ class State:
             shape = positions, config.kv_heads, config.head_dim
             return KVCache(buffer(*shape), buffer(*shape))
 
-        def delta() -> DeltaState:
+        def delta() -> DeltaState | DeltaRings:
+            if slots:
+                return DeltaRings(buffer(HISTORY, config.conv_channels),
+                                  buffer(slots, config.v_heads, config.state_dim, config.state_dim))
             return DeltaState(buffer(config.conv_width - 1, config.conv_channels),
                               buffer(config.v_heads, config.state_dim, config.state_dim))
         layers = tuple(delta() if recurrent else cache() for recurrent in config.recurrent)
@@ -89,7 +106,7 @@ class State:
     def clear(self) -> None:
         """Forget the text. Only the delta nets' state must be zeroed; stale keys are never seen."""
         for layer in self.layers:
-            if isinstance(layer, DeltaState):
+            if not isinstance(layer, KVCache):
                 Tensor.realize(*(t.assign(Tensor.zeros(*t.shape, device=t.device)) for t in layer.tensors()))
 
     def nbytes(self) -> int:

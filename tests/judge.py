@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from minillama.engine import Engine
-from minillama.gguf import GGUF
 from minillama.results import Model, Result, Row, write_result
-from minillama.weights import load_weights, overwrite
 
 TOLERANCE = {"F32": 5e-4}       # every other format: 2e-3
 FORMATS = {"ref-a": ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
@@ -51,10 +49,7 @@ def judge(folder: Path, model: str) -> Result:
         if not path.exists():
             continue
         start = time.perf_counter()
-        if engine is None:
-            engine = Engine.load(path)
-        else:
-            overwrite(engine.weights, load_weights(GGUF(path), engine.config, fused=True))
+        engine = Engine.load(path, context=512)
         if kind == "F32":
             found = judge_f32(engine, golden)
         else:

@@ -48,17 +48,17 @@ def golden(model: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def read(path: Path, fused: bool = True) -> tuple[ModelWeights, ModelConfig]:
+def read(path: Path, fused: bool = True, packed: bool = False) -> tuple[ModelWeights, ModelConfig]:
     """Open, check and load a model file."""
     file = GGUF(path)
     config = ModelConfig.from_gguf(file)
     check_tensors(file, config)
-    return load_weights(file, config, fused), config
+    return load_weights(file, config, fused, packed), config
 
 
 def load(path: Path, recipe: Recipe = Recipe()) -> Engine:
     """An engine of the tests' sizes."""
-    weights, config = read(path, recipe.projections == "fused")
+    weights, config = read(path, recipe.projections == "fused", recipe.weights == "packed")
     return Engine(weights, config, recipe, context=CONTEXT, batches=BATCHES)
 
 
@@ -78,8 +78,9 @@ def shared_engine() -> Engine:
 
 @cache
 def changing_engine(model: str) -> Engine:
-    """An engine on some file of that model, whose weights `take` replaces: all formats share its captured graphs."""
-    return load(next(path for kind in FORMATS[model] if (path := found(f"{model}-{kind}.gguf"))))
+    """An engine on plain weights of some file of that model; `take` replaces them: all formats share its graphs."""
+    path = next(path for kind in FORMATS[model] if (path := found(f"{model}-{kind}.gguf")))
+    return load(path, Recipe(weights="float", experts="gathered"))
 
 
 def take(engine: Engine, path: Path) -> Engine:

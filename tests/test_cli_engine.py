@@ -48,11 +48,12 @@ def engine(loaded, monkeypatch):
 
 
 def test_the_memory_shown_for_the_state_is_what_the_engine_allocates():
-    from minillama.engine import BATCHES
+    from minillama.engine import BATCHES, SLOTS
     from minillama.state import State
     config = ModelConfig.from_gguf(GGUF(MODEL))
     for context in (64, 4096):
-        shown, used = describe.state_bytes(config, context), State.zeros(config, context + max(BATCHES)).nbytes()
+        shown, used = describe.state_bytes(config, context), State.zeros(
+            config, context + max(BATCHES), slots=SLOTS).nbytes()
         assert shown == used, f"context {context}: {shown} shown, {used} used"
 
 

@@ -16,7 +16,7 @@ from minillama.engine import Engine
 from minillama.measure import Counts, counts_of
 from minillama.recipe import Recipe
 from minillama.roofline import Roofline
-from minillama.shapes import RandomWeights, parameters, shape_config, unfilled, weight_format
+from minillama.shapes import RandomWeights, parameters, shape_config, unfilled
 from minillama.state import State
 
 pytestmark = pytest.mark.host
@@ -29,7 +29,8 @@ MINUTES, GIBIBYTES = 3, 4       # what counting the 80B model may take
 def unrolled(config, recipe: Recipe, format: str, tokens: int, depth: int) -> Counts:
     """One step of all layers, captured as the engine does."""
     with Context(DEV="NULL", JIT=2):
-        weights = RandomWeights(config, weight_format(format), recipe.projections == "fused", unfilled()).model()
+        weights = RandomWeights(config, format, recipe.projections == "fused", recipe.weights == "packed",
+                                unfilled()).model()
         engine = Engine(weights, config, recipe, context=depth + tokens, batches=(tokens,))
         engine.step("logits", Tensor.empty(tokens, dtype=dtypes.int32).realize(), depth, tokens)
         return counts_of(engine.steps["logits", tokens], values={"start": depth, "valid": tokens})
@@ -49,7 +50,8 @@ def test_one_layer_of_each_kind_multiplied_is_exactly_eight_layers_unrolled(grou
 
 @pytest.mark.slow
 def test_a_batch_multiplied_is_exactly_the_batch_unrolled_with_another_recipe_too():
-    recipe, config = Recipe(experts="dense", logits="all", projections="separate"), shape_config("tiny", 8)
+    recipe = Recipe("chunked", "dense", logits="all", projections="separate", weights="float")
+    config = shape_config("tiny", 8)
     assert count.total(count.count_step(config, recipe, "F16", 2)) == unrolled(config, recipe, "F16", 2, 0)
 
 

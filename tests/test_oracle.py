@@ -14,7 +14,7 @@ from tinygrad import Tensor, TinyJit, UOp
 
 from minillama.engine import Engine
 from minillama.gguf import GGUF
-from minillama.model import forward
+from minillama.model import forward, place_of
 
 A = golden("ref-a")
 AIM = 1e-4      # at most positions; at a few, a norm divides by so little that float32 itself is off by more than this
@@ -50,7 +50,8 @@ def test_the_input_of_every_layer_equals_that_of_transformers(engine):
 
     def run(ids: Tensor, start: UOp, valid: UOp) -> Tensor:
         inputs = []
-        forward(ids, engine.weights, engine.config, engine.recipe, engine.state, engine.table, start, valid, inputs)
+        forward(ids, engine.weights, engine.config, engine.recipe, engine.state, engine.table,
+                place_of(ids, start, valid), inputs)
         return Tensor.stack(*inputs).contiguous().realize()                 # (layers, 64, hidden)
 
     run, got = TinyJit(run), []
@@ -82,6 +83,16 @@ def test_greedy_tokens_are_exactly_those_of_transformers(engine):
 def test_every_format_gives_its_own_golden_logits(model, kind):
     path = needed(f"{model}-{kind}.gguf")
     engine, values = oracle.take(oracle.changing_engine(model), path), golden(model)
+    for length in (65, 257):
+        engine.clear()
+        got = engine.logits(values[f"tokens_{length}"])
+        assert difference(got, values[f"logits_{length}_{kind}"]) <= FORMAT_TOLERANCE, f"{length} tokens"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "kind"), KINDS, ids=[f"{model}-{kind}" for model, kind in KINDS])
+def test_every_format_gives_its_golden_logits_out_of_packed_weights(model, kind):
+    engine, values = oracle.load(needed(f"{model}-{kind}.gguf")), golden(model)
     for length in (65, 257):
         engine.clear()
         got = engine.logits(values[f"tokens_{length}"])

@@ -5,22 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tinygrad import Context, GlobalCounters, Tensor, dtypes
+from tinygrad import Context, GlobalCounters, dtypes
 
 from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.gguf import GGUF
+from minillama.kernels.layouts import LAYOUTS
+from minillama.recipe import Recipe
 from minillama.shapes import (
     SHAPES,
     RandomWeights,
+    check_format,
     hashed,
     parameters,
+    random_packed,
     random_weights,
     shape_config,
     tensors_of,
     unfilled,
     weight_bytes,
-    weight_format,
 )
 from minillama.weights import load_weights
 
@@ -49,16 +52,19 @@ def test_fewer_layers_keep_the_pattern(layers, attention):
 def test_unknown_names_are_refused_in_one_line_that_lists_the_known():
     with pytest.raises(ValueError, match=f"^unknown shape 'gpt': the shapes are {', '.join(SHAPES)}$"):
         shape_config("gpt")
-    with pytest.raises(ValueError, match=r"^--format Q4_0: random weights come in F32 or F16, not \(yet\) packed$"):
-        weight_format("Q4_0")
+    with pytest.raises(ValueError, match=r"^--format Q4_0: random weights come in F32, F16 \(packed .*packed\)$"):
+        check_format("Q4_0", packed=False)
+    with pytest.raises(ValueError, match="^--format Q2_K: random weights come in F32, F16, BF16, Q8_0, .*, Q6_K$"):
+        check_format("Q2_K", packed=True)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_random_weights_have_the_shapes_of_loaded_ones(fused):
+def test_random_weights_have_the_shapes_of_loaded_ones(fused, packed):
     file = GGUF(REFERENCE)
     config = ModelConfig.from_gguf(file)
-    random = RandomWeights(config, dtypes.float16, fused, unfilled()).model()
-    loaded = load_weights(file, config, fused)
+    random = RandomWeights(config, "F32", fused, packed, unfilled()).model()
+    loaded = load_weights(file, config, fused, packed)
     assert [t.shape for t in tensors_of(random)] == [t.shape for t in tensors_of(loaded)]
     assert [f.name for f in fields(random) if getattr(random, f.name) is None] == []
     assert parameters(config, file.tensors) == sum(math.prod(tensor.shape) for tensor in file.tensors.values())
@@ -82,12 +88,18 @@ def test_a_tensor_of_random_values_is_made_by_one_kernel():
         assert (GlobalCounters.kernel_count - before, weights.nbytes()) == (2, 2 ** 31)    # one fills in the number
 
 
-def test_activations_stay_finite_and_alive_over_many_tokens():
-    config = shape_config("tiny")
-    weights = random_weights(config, "F16")
-    engine = Engine(weights, config, context=64, batches=(1,))
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_packed_random_weights_have_mean_0_and_the_deviation_asked_for(format):
+    values = random_packed(format, (64, 2048), 0.02, hashed()).values().numpy()
+    assert abs(values.mean()) < 0.002 and abs(values.std() / 0.02 - 1) < 0.05, (values.mean(), values.std())
+
+
+@pytest.mark.parametrize("format", ["F16", "Q4_0"])
+def test_activations_stay_finite_and_alive_over_many_tokens(format):
+    config, packed = shape_config("tiny"), format != "F16"
+    weights = random_weights(config, format, packed=packed)
+    engine = Engine(weights, config, Recipe(weights="packed" if packed else "float"), context=64, batches=(1,))
     spread = [float(engine.logits([token]).std()) for token in range(1, 41)]
     assert np.isfinite(spread).all() and 0.1 < min(spread) and max(spread) < 10, spread
-    matrices = sum(t.nbytes() for t in tensors_of(weights) if t.dtype == dtypes.float16)
-    assert weight_bytes(weights) < 4 * parameters(config) and matrices > weight_bytes(weights) / 2
-    assert isinstance(weights.layers[0].mixer.inputs[0], Tensor) and len(weights.layers[0].mixer.inputs) == 1
+    assert weight_bytes(weights) < (1 if packed else 4) * parameters(config)
+    assert len(weights.layers[0].mixer.inputs) == 1

@@ -3,15 +3,18 @@ too, so that a print in grey stays readable. Importing this module sets matplotl
 as well. Functions return figures, save the two at the end.
 """
 import inspect
+import io
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
 from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
 from minillama.measure import Clocks
 from minillama.roofline import Roofline
@@ -28,6 +31,19 @@ STYLE = {
     "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE]),
 }
 plt.rcParams.update(STYLE)
+
+
+def compact(figure: Figure) -> bytes:
+    """A figure as a PNG of 256 colours: a third of the size, and no eye sees it. Notebooks stay small with it."""
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", bbox_inches="tight", facecolor="white")
+    Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
+
+
+if get_ipython() is not None:
+    plt.switch_backend(plt.get_backend())       # sets up the notebook's own way of showing figures: ours comes after
+    get_ipython().display_formatter.formatters["image/png"].for_type(Figure, compact)
 
 
 def canvas(title: str, width: float = 7.0, height: float = 3.2) -> tuple[Figure, Axes]:

@@ -1,0 +1,142 @@
+"""Gated attention for a few tokens, where threads work in teams: rotate and store, attend in parts, put together.
+
+Plain tensor code takes a dozen kernels, and those that sum over positions take them one after the other, since their
+number is not known when they are compiled. Here the cache is cut into parts of some positions; a block of threads
+attends over one part, for all query heads that share its keys, and what the parts found is weighed at the end. Parts
+behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein 2018 (online softmax).
+"""
+from tinygrad import Tensor
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+from minillama.kernels.board import const, mean_of_threads, shared_memory
+from minillama.kernels.delta import Column
+from minillama.kernels.product import added, counter, number, result
+
+PART = 64           # positions of a part, at most
+THREADS = 128       # that work on it, at most: no more than a head has dimensions
+NOWHERE = -1e30     # a score that weighs nothing
+
+
+def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
+            out: Tensor, cached: bool) -> Tensor:
+    """RMS norm per head, then the rotary embedding, into `out`: (tokens, heads, dim), or the rows of a cache
+    (positions, heads, dim) from `position` (1,) int32 on.
+
+    A head's values lie at x + head * stride; table (positions, 2, half) holds all positions' cosines and sines. A
+    block does one head of one token.
+    """
+    source, first = x
+    tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
+
+    def kernel(out: UOp, source: UOp, norm: UOp, table: UOp, position: UOp) -> UOp:
+        token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
+        at, row = head * stride + first, number(position.index(const(0))) + token
+
+        def value(place: UOp) -> UOp:
+            return source.index(token, at + place).load() * norm.index(place).load()
+        plain = source.index(token, at + place).load()
+        scale = (mean_of_threads(plain * plain, place, dim) + eps).rsqrt()
+        left, turned = place < half, place < 2 * half
+        other = turned.where(left.where(place + half, place - half), place)
+        angle = turned.where(left.where(place, place - half), const(0))
+        cos, sin = table.index(row, const(0), angle).load(), table.index(row, const(1), angle).load()
+        turn = value(place) * cos + value(other) * left.where(-sin, sin)
+        y = turned.where(turn, value(place)) * scale
+        return out.index(row if cached else token, head, place).store(y).end(token, head, place).sink(
+            arg=KernelInfo(f"rotate_{tokens}_{heads}_{dim}", opts_to_apply=()))
+    return out.custom_kernel(source, norm, table, position, fxn=kernel)[0]
+
+
+def stored(x: Column, cache: Tensor, position: Tensor) -> Tensor:
+    """The cache (positions, heads, dim) with rows of x (tokens, heads * dim) from `position` (1,) int32 on."""
+    source, first = x
+    tokens, (_, heads, dim) = source.shape[0], cache.shape
+
+    def kernel(cache: UOp, source: UOp, position: UOp) -> UOp:
+        token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2)
+        value = source.index(token, head * dim + place + first).load()
+        return cache.index(number(position.index(const(0))) + token, head, place).store(value).end(
+            token, head, place).sink(arg=KernelInfo(f"store_{tokens}_{heads}_{dim}"))
+    return cache.custom_kernel(source, position, fxn=kernel)[0]
+
+
+def attend_twin(q: Tensor, keys: Tensor, values: Tensor, gate: Tensor, position: int) -> Tensor:
+    """Causal attention of tokens from `position` on over a cache, times sigmoid(gate): (tokens, heads * dim).
+
+    q (tokens, heads, dim); keys, values (positions, kv_heads, dim); gate (tokens, heads, dim).
+    """
+    tokens, heads, dim = q.shape
+    share = heads // keys.shape[1]
+    keys, values = (x.repeat_interleave(share, dim=1).permute(1, 0, 2) for x in (keys, values))     # (heads, .., dim)
+    scores = q.permute(1, 0, 2) @ keys.transpose(1, 2) * dim ** -0.5        # (heads, tokens, positions)
+    seen = Tensor.arange(keys.shape[1]).reshape(1, -1) <= Tensor.arange(tokens).reshape(-1, 1) + position
+    out = seen.where(scores, NOWHERE).softmax(-1) @ values                  # (heads, tokens, dim)
+    return (out.permute(1, 0, 2) * gate.sigmoid()).reshape(tokens, heads * dim)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, position: Tensor) -> Tensor:
+    """As `attend_twin`; the gate of a head lies at gate + head * stride. In two kernels: parts, and their sum."""
+    (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
+    threads = min(THREADS, dim)
+    size, share = min(PART, threads), heads // kv_heads
+    parts, lanes = -(-positions // size), threads // size       # a position has so many threads
+    per, team, mine = dim // lanes, threads // share, size * share // threads   # dimensions; threads of a head; places
+
+    def part_kernel(out: UOp, best: UOp, weight: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
+        token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(parts, 2)
+        thread = UOp.range(threads, 3, AxisType.LOCAL)
+        end = number(position.index(const(0))) + token + 1
+        # scores of the part's positions: `lanes` threads each take a share of the dimensions
+        row, lane = thread // lanes, thread % lanes
+        at, i = part * size + row, counter(per // 4, 4)
+        dims = [lane * per + i * 4 + k for k in range(4)]
+        key = [keys.index(at.valid(at < end), group, d).load() for d in dims]
+        sums = [added(sum(q.index(token, group * share + h, d).load() * k for d, k in zip(dims, key, strict=True)), i)
+                for h in range(share)]
+        board = shared_memory(lanes, share, size)
+        ready = UOp.barrier(*(board.index(lane, const(h), row).store(s) for h, s in enumerate(sums)))
+        board = board.after(ready)
+        # the largest score and the weights: `team` threads a head, `mine` positions each
+        head, member = thread // team, thread % team
+        places = [member * mine + n for n in range(mine)]
+        scores = [(part * size + place < end).where(
+            sum(board.index(const(n), head, place).load() for n in range(lanes)) * dim ** -0.5, NOWHERE)
+            for place in places]
+        highs, total = shared_memory(share, team), shared_memory(share, team)
+        high = scores[0]
+        for score in scores[1:]:
+            high = high.maximum(score)
+        met = UOp.barrier(highs.index(head, member).store(high))
+        for n in range(team):
+            high = high.maximum(highs.after(met).index(head, const(n)).load())
+        shares = [(score > NOWHERE / 2).where((score - high).exp(), 0.0) for score in scores]
+        weights = shared_memory(share, size)
+        done = UOp.barrier(total.index(head, member).store(sum(shares[1:], shares[0])),
+                           *(weights.index(head, place).store(s) for place, s in zip(places, shares, strict=True)))
+        weighed = sum(total.after(done).index(head, const(n)).load() for n in range(team))
+        # the weighed sum of values: each thread its dimensions, for all heads
+        p, weights, stores = counter(size, 5), weights.after(done), []
+        for n in range(dim // threads):
+            d, place = thread + n * threads, part * size + p
+            value = values.index(place.valid(place < end), group, d).load()
+            stores += [out.index(token, group * share + h, part, d).store(added(
+                weights.index(const(h), p).load() * value, p)) for h in range(share)]
+        here = (token, group * share + head, part)
+        return UOp.group(*stores, best.index(*here).store(high), weight.index(*here).store(weighed)).end(
+            token, group, part, thread).sink(
+            arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
+
+    def sum_kernel(out: UOp, found: UOp, best: UOp, weight: UOp, gate_: UOp) -> UOp:
+        token, head, d = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
+        first, part = counter(parts, 3), counter(parts, 4)
+        high = best.index(token, head, first).load()
+        high = high.reduce(first, arg=Ops.MAX) if parts > 1 else high
+        share = (best.index(token, head, part).load() - high).exp()
+        y = added(found.index(token, head, part, d).load() * share, part) / added(
+            weight.index(token, head, part).load() * share, part)
+        open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
+        return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
+            arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))
+    found, best, weight = (result(tokens, heads, parts, *more, like=q) for more in ((dim,), (), ()))
+    found, best, weight = found.custom_kernel(best, weight, q, keys, values, position, fxn=part_kernel)[:3]
+    return result(tokens, heads * dim, like=q).custom_kernel(found, best, weight, gate[0], fxn=sum_kernel)[0]

@@ -1,0 +1,116 @@
+"""Experts for a prompt: tokens that picked the same expert share one reading of it.
+
+Every (token, chosen expert) pair is an *assignment*. They are sorted by expert on the device, each expert's share is
+padded to whole *tiles* of rows, and a tile is a small product with one expert's weights, looked up by the tile's
+number. Where the router sends everything to one expert, that one simply has more tiles.
+"""
+from dataclasses import dataclass
+
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import KernelInfo, UOp
+
+from minillama.kernels import tuning
+from minillama.kernels.layouts import OCTET
+from minillama.kernels.packed import Packed
+from minillama.kernels.product import added, counter, dot, number, result
+
+LARGE, SMALL = 16, 4        # rows of a tile: where experts have many tokens, and where they have few
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where assignments lie once they are sorted. `rows` (tiles * tile,) int32 is the assignment in each place, -1 in
+    padding; `experts` (tiles,) int32 that of each tile; `places` (tokens, used) int32 where each assignment went."""
+    tile: int
+    rows: Tensor
+    experts: Tensor
+    places: Tensor
+
+
+def tiles_for(assignments: int, experts: int, tile: int) -> int:
+    """Tiles that always suffice: each expert may leave one unfilled."""
+    return assignments // tile + min(experts, assignments)
+
+
+def group(ids: Tensor, experts: int) -> Groups:
+    """Sort assignments by expert, in the tokens' order. ids (tokens, used) int32."""
+    (tokens, used), assignments = ids.shape, ids.numel()
+    tile = LARGE if assignments >= SMALL * experts else SMALL
+    tiles, flat = tiles_for(assignments, experts, tile), ids.reshape(assignments).contiguous()
+    counts = (flat.reshape(-1, 1) == Tensor.arange(experts)).sum(0, dtype=dtypes.int32)         # (experts,)
+    ends = ((counts + tile - 1) // tile).cumsum().cast(dtypes.int32).contiguous()               # in tiles
+    firsts = (ends - (counts + tile - 1) // tile).contiguous()
+    of_tile = (Tensor.arange(tiles).reshape(-1, 1) >= ends).sum(1, dtype=dtypes.int32).minimum(experts - 1)
+    lanes = tuning.lanes(ids.device, assignments)
+
+    def place_kernel(places: UOp, flat: UOp, firsts: UOp) -> UOp:
+        mine, other = UOp.range(assignments, 0), counter(assignments, 1)
+        expert = flat.index(mine).load()
+        before = (flat.index(other).load().eq(expert) & (other < mine)).cast(dtypes.int32)
+        place = firsts.index(expert.cast(dtypes.weakint)).load() * tile + added(before, other)
+        return places.index(mine).store(place).end(mine).sink(
+            arg=KernelInfo(f"place_{assignments}", opts_to_apply=tuning.grouped(lanes)))
+
+    def row_kernel(rows: UOp, places: UOp) -> UOp:
+        mine = UOp.range(assignments, 0)
+        return rows.index(number(places.index(mine))).store(mine.cast(dtypes.int32)).end(mine).sink(
+            arg=KernelInfo(f"rows_of_tiles_{assignments}"))
+    places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
+    places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
+    nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
+    rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
+    return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used))
+
+
+def gated(x: Tensor, gate: Packed, up: Packed, groups: Groups, share: Tensor) -> Tensor:
+    """silu(gate x) * (up x) * share of every assignment, in the tiles' order: (places, width); padding is 0.
+
+    x (tokens, hidden); gate, up (experts, width, hidden); share (tokens, used). A thread does one row of both weights
+    for all rows of a tile: it unpacks each octet once, and what it reads of x its neighbours read too.
+    """
+    hidden, used, width, tile = x.shape[1], share.shape[1], gate.shape[1], groups.tile
+    octets, split, tiles = hidden // OCTET, len(gate.arrays), groups.experts.shape[0]
+    step, opts = tuning.tiles(x.device, width, octets, tile)
+
+    def kernel(out: UOp, x: UOp, share: UOp, rows: UOp, experts: UOp, *arrays: UOp) -> UOp:
+        column, t, row = UOp.range(width, 0), UOp.range(tiles, 1), UOp.range(tile, 2)
+        i = counter(octets // step, 3)
+        at = number(experts.index(t)) * width + column
+        assignment = rows.index(t * tile + row).load()
+        real, token = assignment >= 0, (assignment // used).cast(dtypes.weakint)
+
+        def value(i: UOp, k: int) -> UOp:
+            return x.index(token.valid(real), i * OCTET + k).load()
+        g, u = (added(dot(weight.layout, mine, at, i * step, step, value), i)
+                for weight, mine in ((gate, arrays[:split]), (up, arrays[split:])))
+        part = share.index(token.valid(real), (assignment % used).cast(dtypes.weakint)).load()
+        name = f"tiles_gated_{gate.format}_{up.format}_{tiles}_{tile}_{width}_{hidden}"
+        return out.index(t * tile + row, column).store(g.silu() * u * part).end(column, t, row).sink(
+            arg=KernelInfo(name, opts_to_apply=opts))
+    return result(tiles * tile, width, like=x).custom_kernel(
+        x, share, groups.rows, groups.experts, *gate.arrays, *up.arrays, fxn=kernel)[0]
+
+
+def mixed(h: Tensor, down: Packed, groups: Groups) -> Tensor:
+    """The sum over each token's experts of down · h: (tokens, hidden). h (places, width) as `gated` leaves it; down
+    (experts, hidden, width). One kernel multiplies tile by tile, another adds up what a token's assignments got."""
+    (tokens, used), hidden, width, tile = groups.places.shape, down.shape[1], h.shape[1], groups.tile
+    octets, tiles = width // OCTET, groups.experts.shape[0]
+    step, opts = tuning.tiles(h.device, hidden, octets, tile)
+
+    def product(out: UOp, h: UOp, experts: UOp, *arrays: UOp) -> UOp:
+        column, t, row = UOp.range(hidden, 0), UOp.range(tiles, 1), UOp.range(tile, 2)
+        i = counter(octets // step, 3)
+        y = added(dot(down.layout, arrays, number(experts.index(t)) * hidden + column, i * step, step,
+                      lambda i, k: h.index(t * tile + row, i * OCTET + k).load()), i)
+        return out.index(t * tile + row, column).store(y).end(column, t, row).sink(
+            arg=KernelInfo(f"tiles_{down.format}_{tiles}_{tile}_{width}_{hidden}", opts_to_apply=opts))
+
+    def total(out: UOp, parts: UOp, places: UOp) -> UOp:
+        column, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
+        y = sum(parts.index(number(places.index(token, UOp.const(n, dtypes.weakint))), column).load()
+                for n in range(used))
+        return out.index(token, column).store(y).end(column, token).sink(
+            arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}"))
+    parts = result(tiles * tile, hidden, like=h).custom_kernel(h, groups.experts, *down.arrays, fxn=product)[0]
+    return result(tokens, hidden, like=h).custom_kernel(parts, groups.places, fxn=total)[0]

@@ -1,0 +1,166 @@
+"""Products with packed weights for a few tokens: each weight is read once and unpacked where it is used.
+
+A row of weights meets the tokens octet by octet; quants are summed before their scale is applied. `linear` is the
+plain product; `gated` is the first half of the chosen experts' SwiGLU networks, `shared_gated` that of the
+expert that sees every token, `mixed` the chosen experts' second half, added up.
+"""
+from collections.abc import Callable
+
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+from minillama.kernels import tuning
+from minillama.kernels.layouts import OCTET, Layout
+from minillama.kernels.packed import Packed
+
+
+def dot(layout: Layout, arrays: tuple[UOp, ...], row: UOp, first: UOp, step: int,
+        value: Callable[[UOp, int], UOp]) -> UOp:
+    """What the `step` octets from number `first` on add to the product of a row with a vector: an expression.
+
+    `value(i, k)` is the vector's value at place k of octet i.
+    """
+    total = None
+    for i in (first + j for j in range(step)):
+        part = layout.octet(*arrays, row, i).times([value(i, k) for k in range(OCTET)])
+        total = part if total is None else total + part
+    return total
+
+
+def counter(size: int, number: int) -> UOp:
+    """What a sum runs over, 0 .. size - 1; the optimizer wants no loop of one."""
+    return UOp.range(size, number, AxisType.REDUCE) if size > 1 else UOp.const(0, dtypes.weakint)
+
+
+def added(x: UOp, *over: UOp) -> UOp:
+    """The sum of an expression over counters."""
+    over = [i for i in over if i.op is Ops.RANGE]
+    return x.reduce(*over, arg=Ops.ADD) if over else x
+
+
+def number(x: UOp) -> UOp:
+    """A loaded integer, to index with."""
+    return x.load().cast(dtypes.weakint)
+
+
+def result(*shape: int, like: Tensor) -> Tensor:
+    """A buffer for a kernel to fill."""
+    return Tensor.empty(*shape, dtype=dtypes.float32, device=like.device)
+
+
+# ---- x times a matrix ---------------------------------------------------------------------------------------------
+
+
+def linear_twin(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
+    """x (tokens, columns) times a matrix (rows, columns) transposed, plus `residual`: (tokens, rows)."""
+    y = x @ weight.values().T
+    return y if residual is None else y + residual
+
+
+def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
+    """As `linear_twin`. A bundle of threads computes some rows for all tokens: it reads their packed bytes once, x
+    from the cache once for all of its rows, and writes one value a row and token."""
+    tokens, octets, rows = x.shape[0], weight.columns // OCTET, weight.rows
+    step, opts = tuning.product(x.device, rows, octets, tokens)
+    extra = [] if residual is None else [residual]
+
+    def kernel(out: UOp, x: UOp, *buffers: UOp) -> UOp:
+        row, token, i = UOp.range(rows, 0), UOp.range(tokens, 1), counter(octets // step, 2)
+        y = added(dot(weight.layout, buffers[len(extra):], row, i * step, step,
+                      lambda i, k: x.index(token, i * OCTET + k).load()), i)
+        y = y + buffers[0].index(token, row).load() if extra else y
+        return out.index(token, row).store(y).end(row, token).sink(
+            arg=KernelInfo(f"linear_{weight.format}_{tokens}_{rows}_{weight.columns}", opts_to_apply=opts))
+    return result(tokens, rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=kernel)[0]
+
+
+# ---- experts ------------------------------------------------------------------------------------------------------
+
+
+def gated_twin(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) -> Tensor:
+    """silu(gate x) * (up x) * share, of each chosen expert: (tokens, used, width).
+
+    x (tokens, hidden); gate, up (experts, width, hidden); ids int32 and share (tokens, used).
+    """
+    def chosen(weight: Packed) -> Tensor:                                   # (tokens, used, width)
+        return (weight.values()[ids] * x.reshape(x.shape[0], 1, 1, x.shape[1])).sum(-1)
+    return chosen(gate).silu() * chosen(up) * share.unsqueeze(-1)
+
+
+def gated(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) -> Tensor:
+    """As `gated_twin`; the expert's number is looked up inside, so that no expert is copied. A bundle of threads
+    computes some rows of gate and up at once: it reads both packed, and x from the cache once for all of them."""
+    (tokens, used), (_, width, hidden) = ids.shape, gate.shape
+    octets = hidden // OCTET
+    step, opts = tuning.product(x.device, width, octets, 1, matrices=2)
+    split = len(gate.arrays)
+
+    def kernel(out: UOp, x: UOp, ids: UOp, share: UOp, *arrays: UOp) -> UOp:
+        row, token, place = UOp.range(width, 0), UOp.range(tokens, 1), UOp.range(used, 2)
+        i = counter(octets // step, 3)
+        at = number(ids.index(token, place)) * width + row
+
+        def value(i: UOp, k: int) -> UOp:
+            return x.index(token, i * OCTET + k).load()
+        g, u = (added(dot(weight.layout, mine, at, i * step, step, value), i)
+                for weight, mine in ((gate, arrays[:split]), (up, arrays[split:])))
+        y = g.silu() * u * share.index(token, place).load()
+        return out.index(token, place, row).store(y).end(row, token, place).sink(
+            arg=KernelInfo(f"gated_{gate.format}_{up.format}_{tokens}_{used}_{width}_{hidden}", opts_to_apply=opts))
+    return result(tokens, used, width, like=x).custom_kernel(x, ids, share, *gate.arrays, *up.arrays, fxn=kernel)[0]
+
+
+def shared_gated_twin(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
+    """silu(gate x) * (up x) * sigmoid(share · x), of the expert that sees every token: (tokens, width).
+
+    x (tokens, hidden); gate, up (width, hidden); share (hidden,).
+    """
+    return linear_twin(x, gate).silu() * linear_twin(x, up) * (x * share).sum(-1, keepdim=True).sigmoid()
+
+
+def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
+    """As `shared_gated_twin`; every bundle of threads computes the token's share anew, one row more among its own."""
+    (tokens, hidden), width = x.shape, gate.rows
+    octets, split = hidden // OCTET, len(gate.arrays)
+    step, opts = tuning.product(x.device, width, octets, tokens, matrices=2)
+
+    def kernel(out: UOp, x: UOp, share: UOp, *arrays: UOp) -> UOp:
+        row, token, i = UOp.range(width, 0), UOp.range(tokens, 1), counter(octets // step, 2)
+
+        def value(i: UOp, k: int) -> UOp:
+            return x.index(token, i * OCTET + k).load()
+        g, u = (added(dot(weight.layout, mine, row, i * step, step, value), i)
+                for weight, mine in ((gate, arrays[:split]), (up, arrays[split:])))
+        s = added(sum(share.index((i * step + j) * OCTET + k).load() * value(i * step + j, k)
+                      for j in range(step) for k in range(OCTET)), i)
+        return out.index(token, row).store(g.silu() * u * s.sigmoid()).end(row, token).sink(
+            arg=KernelInfo(f"shared_{gate.format}_{up.format}_{tokens}_{width}_{hidden}", opts_to_apply=opts))
+    return result(tokens, width, like=x).custom_kernel(x, share, *gate.arrays, *up.arrays, fxn=kernel)[0]
+
+
+def mixed_twin(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The sum over chosen experts of down · routed, plus `residual`: (tokens, hidden).
+
+    routed (tokens, used, width); down (experts, hidden, width); ids (tokens, used) int32; residual (tokens, hidden).
+    """
+    y = (down.values()[ids] * routed.unsqueeze(2)).sum((1, 3))
+    return y if residual is None else y + residual
+
+
+def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = None) -> Tensor:
+    """As `mixed_twin`: a bundle of threads goes through the same rows of all chosen experts, and writes their sum."""
+    (tokens, used, width), hidden = routed.shape, down.shape[1]
+    octets = width // OCTET
+    step, opts = tuning.product(routed.device, hidden, octets, 1, outer=used > 1)
+    every, extra = octets // step, [] if residual is None else [residual]
+
+    def kernel(out: UOp, routed: UOp, ids: UOp, *buffers: UOp) -> UOp:
+        row, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
+        place, i = counter(used, 2), counter(every, 3)
+        y = dot(down.layout, buffers[len(extra):], number(ids.index(token, place)) * hidden + row, i * step, step,
+                lambda i, k: routed.index(token, place, i * OCTET + k).load())
+        y = added(y, place, i)
+        y = y + buffers[0].index(token, row).load() if extra else y
+        return out.index(token, row).store(y).end(row, token).sink(
+            arg=KernelInfo(f"mixed_{down.format}_{tokens}_{used}_{width}_{hidden}", opts_to_apply=opts))
+    return result(tokens, hidden, like=routed).custom_kernel(routed, ids, *extra, *down.arrays, fxn=kernel)[0]

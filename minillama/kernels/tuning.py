@@ -1,0 +1,91 @@
+"""How kernels are spread over threads, by device: numbers found by measuring, apart from what the kernels compute.
+
+A row's product is cut into *steps* of some octets. On a GPU, `lanes` threads share a row and add up what each found;
+a thread does `rows` rows at once, so that what it loads of x serves all of them; `groups` such bundles make a thread
+block. CPUs have no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the
+problem gives way to the next smaller power of two that does.
+"""
+from dataclasses import dataclass
+
+from tinygrad.codegen.opt import Opt, OptOps
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Octets a step, lanes a row, rows a thread, bundles a thread block."""
+    step: int
+    lanes: int
+    rows: int
+    groups: int
+
+
+GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100
+SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(4, 1, 4, 1)}
+
+
+TEAMS = ("CUDA", "METAL", "NV", "AMD")
+
+
+def backend(device: str) -> str:
+    return device.split(":")[0]
+
+
+def fitting(wish: int, size: int) -> int:
+    """The largest power of two up to `wish` that divides `size`."""
+    while size % wish:
+        wish //= 2
+    return wish
+
+
+def spread_for(device: str) -> Spread:
+    """The numbers for a device. The NULL device, which only counts, has no lanes."""
+    return SPREADS.get(backend(device), SPREADS["CPU"])
+
+
+def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, outer: bool = False,
+            ) -> tuple[int, tuple[Opt, ...]]:
+    """Octets a step and the optimizer's options for rows (axis 0) × tokens (axis 1), reduced over the steps of so many
+    octets, inside an `outer` sum or not; several `matrices` read at once leave a thread fewer rows of each."""
+    spread = spread_for(device)
+    step = fitting(spread.step, octets)
+    most = max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
+    each = fitting(most, rows)
+    lanes, groups = fitting(spread.lanes, octets // step), fitting(spread.groups, rows // each)
+    opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
+    opts += [Opt(OptOps.GROUP, int(outer), lanes)] if lanes > 1 else []
+    opts += [Opt(OptOps.LOCAL, 0, groups)] if groups > 1 else []
+    opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
+    return step, tuple(opts)
+
+
+def teams(device: str) -> bool:
+    """Whether threads work in teams here, sharing memory and waiting for each other. OpenCL could, but where it is
+    tried its device is a CPU (PoCL), for which a team is a loop: a delta step took four times as long in teams."""
+    return backend(device) in TEAMS
+
+
+def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:
+    """Options for a loop over neighbouring columns: vectors of them on a CPU; elsewhere the optimizer chooses."""
+    return (Opt(OptOps.UPCAST, axis, fitting(16, size)),) if backend(device) == "CPU" else None
+
+
+def multiplies_halves(device: str) -> bool:
+    """Whether there are units that multiply matrices of halves, far faster than those of float32."""
+    return backend(device) in ("CUDA", "NV", "METAL")
+
+
+def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:
+    """The same for columns (axis 0) × tiles (axis 1) × rows of a tile (axis 2), the rows all in one thread."""
+    step = fitting(spread_for(device).step, octets)
+    opts = (Opt(OptOps.UPCAST, 2, tile),)
+    return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if teams(device) else ())
+
+
+def lanes(device: str, size: int) -> int:
+    """Threads that share a sum over `size` terms: 1 where threads cannot share."""
+    return fitting(32, size) if teams(device) else 1
+
+
+def grouped(lanes: int) -> tuple[Opt, ...]:
+    """Options that give a kernel's only sum that many lanes."""
+    return (Opt(OptOps.GROUP, 0, lanes),) if lanes > 1 else ()
