@@ -143,7 +143,7 @@ class Reader:
     def _weights(self, path: str | Path) -> ModelWeights:
         file = GGUF(path)
         check_tensors(file, self.config)
-        return load_weights(file, self.config, True, None, iter)
+        return load_weights(file, self.config, fused=True)
 
     def load(self, path: str | Path) -> None:
         for kept, new in zip(leaves(self.weights), leaves(self._weights(path)), strict=True):

@@ -12,6 +12,7 @@ from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
 from minillama import program_cache, sampling
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
+from minillama.kernels.packed import Packed
 from minillama.layers import linear, rope_table
 from minillama.model import Place, forward, forward_mtp, place_of
 from minillama.recipe import LOADED, Recipe
@@ -89,6 +90,8 @@ class Engine:
     def last_logits(self, ids: Tensor, at: Place) -> Tensor:
         """Logits after the batch's last token, (vocab,): the head runs for that row, or for all (recipe.logits)."""
         hidden = self.hidden(ids, at)
+        if at.tokens == 1:
+            return linear(hidden, self.weights.head).reshape(-1)
         last = (at.tokens if at.valid is None else at.valid) - 1
         if self.recipe.logits == "all":
             return linear(hidden, self.weights.head).contiguous()[last].contiguous()
@@ -106,7 +109,7 @@ class Engine:
         if kind == "sampled":
             uniform, *settings = more
             return sampling.draw(sampling.cut(logits, *settings), uniform)
-        return logits.contiguous()
+        return logits if isinstance(self.weights.head, Packed) else logits.contiguous()
 
     def step(self, kind: str, ids: Tensor, start: int, valid: int, *more: Tensor) -> Tensor:
         """Run a batch through the step of that kind and size; the first call captures it. Size one has no padding."""

@@ -44,7 +44,7 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
     if x.shape[0] <= FEW:
         more = None if residual is None else residual.reshape(-1, weight.rows)
         return product.linear(x, weight, more).reshape(shape)
-    if tuning.multiplies_halves(x.device):
+    if tuning.multiplies_halves(x.device, x.shape[0], weight.rows) and weight.format != "F32":
         y = halves(x).matmul(in_halves(weight).T, dtype=dtypes.float32)
     else:
         y = x @ unpacked(weight).T                                          # (tokens, rows)

@@ -113,7 +113,7 @@ def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, s
         if trace is not None:
             trace.append(x)
         x = run_layer(x, layer, config, recipe, part, table, at)
-    return rms_norm(x, w.out_norm, config.norm_eps)
+    return (kernel_norm if recipe.weights == "packed" else rms_norm)(x, w.out_norm, config.norm_eps)
 
 
 def forward_mtp(ids: Tensor, hidden: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State,

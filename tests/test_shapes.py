@@ -91,7 +91,7 @@ def test_a_tensor_of_random_values_is_made_by_one_kernel():
 @pytest.mark.parametrize("format", LAYOUTS)
 def test_packed_random_weights_have_mean_0_and_the_deviation_asked_for(format):
     values = random_packed(format, (64, 2048), 0.02, hashed()).values().numpy()
-    assert abs(values.mean()) < 0.002 and abs(values.std() / 0.02 - 1) < 0.05, (values.mean(), values.std())
+    assert abs(values.mean()) < 0.15 * 0.02 and abs(values.std() / 0.02 - 1) < 0.05, (values.mean(), values.std())
 
 
 @pytest.mark.parametrize("format", ["F16", "Q4_0"])

@@ -70,7 +70,7 @@ def test_the_file_holds_the_very_weights_that_were_trained(smoke: Path):
     check_tensors(file, config)
     assert config == train.smoke_config(4096) and Tokenizer.from_gguf(file).decode([295]) is not None
     trained = tensors_of(as_weights(Kept.last.params, config, train.dtypes.float32))
-    for index, (mine, read) in enumerate(zip(trained, tensors_of(load_weights(file, config, True, None, iter)),
+    for index, (mine, read) in enumerate(zip(trained, tensors_of(load_weights(file, config, fused=True)),
                                              strict=True)):
         np.testing.assert_allclose(read.numpy(), mine.numpy(), rtol=1e-6, err_msg=f"tensor {index}")
 

@@ -50,8 +50,8 @@ def check_top_p(yours: Callable[[np.ndarray, float], np.ndarray]) -> bool:
         if np.abs(got - wanted).max() < 1e-6:
             return None
         if len(probs) > 5:
-            return (f"expected {np.count_nonzero(wanted)} tokens to be left, with {np.max(wanted):.3f} at most; you left "
-                    f"{np.count_nonzero(got)}, with {got.max():.3f}")
+            return (f"expected {np.count_nonzero(wanted)} tokens to be left, with {np.max(wanted):.3f} at most; "
+                    f"you left {np.count_nonzero(got)}, with {got.max():.3f}")
         return f"of {probs} at p = {p}: expected {np.round(wanted, 3).tolist()}, got {np.round(got, 3).tolist()}"
 
     def many() -> str | None:

@@ -92,7 +92,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) -> Te
     computes some rows of gate and up at once: it reads both packed, and x from the cache once for all of them."""
     (tokens, used), (_, width, hidden) = ids.shape, gate.shape
     octets = hidden // OCTET
-    step, opts = tuning.product(x.device, width, octets, 1, matrices=2)
+    step, opts = tuning.product(x.device, width, octets, 1, matrices=2, times=tokens * used)
     split = len(gate.arrays)
 
     def kernel(out: UOp, x: UOp, ids: UOp, share: UOp, *arrays: UOp) -> UOp:

@@ -42,13 +42,16 @@ def spread_for(device: str) -> Spread:
     return SPREADS.get(backend(device), SPREADS["CPU"])
 
 
-def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, outer: bool = False,
-            ) -> tuple[int, tuple[Opt, ...]]:
+def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, times: int = 1,
+            outer: bool = False) -> tuple[int, tuple[Opt, ...]]:
     """Octets a step and the optimizer's options for rows (axis 0) × tokens (axis 1), reduced over the steps of so many
-    octets, inside an `outer` sum or not; several `matrices` read at once leave a thread fewer rows of each."""
+    octets, inside an `outer` sum or not; `times` over, for so many experts. Several `matrices` that are read at once
+    leave a thread fewer rows of each."""
     spread = spread_for(device)
     step = fitting(spread.step, octets)
     most = max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
+    if spread.lanes > 1:        # few rows in all: rather more threads than more rows in each
+        most = min(most, 1 if outer or rows * times < 2048 else 2 if rows * times < 8192 else most)
     each = fitting(most, rows)
     lanes, groups = fitting(spread.lanes, octets // step), fitting(spread.groups, rows // each)
     opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
@@ -69,9 +72,10 @@ def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:
     return (Opt(OptOps.UPCAST, axis, fitting(16, size)),) if backend(device) == "CPU" else None
 
 
-def multiplies_halves(device: str) -> bool:
-    """Whether there are units that multiply matrices of halves, far faster than those of float32."""
-    return backend(device) in ("CUDA", "NV", "METAL")
+def multiplies_halves(device: str, tokens: int, rows: int) -> bool:
+    """Whether a product can use units that multiply matrices of halves, far faster than those of float32. Where it
+    fills their tiles only in part, the compiler does without them, and rounds each product of two halves to one."""
+    return backend(device) in ("CUDA", "NV", "METAL") and tokens % 16 == 0 and rows % 16 == 0
 
 
 def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:
