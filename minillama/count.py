@@ -24,7 +24,7 @@ from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.layers import linear
 from minillama.measure import Call, Counts, calls_of
-from minillama.model import forward_mtp, place_of, run_layer
+from minillama.model import Place, forward_mtp, run_layer
 from minillama.recipe import Recipe
 from minillama.results import read_results
 from minillama.roofline import Roofline, from_result
@@ -185,8 +185,8 @@ def count_layer(engine: Engine, index: int, tokens: int, depth: int) -> tuple[Pa
     """One layer alone, as the model calls it."""
     w, part = engine.weights.layers[index], engine.state.layers[index]
 
-    def run(x: Tensor, start: UOp, valid: UOp | None) -> Tensor:
-        at = place_of(x, start, valid)
+    def run(x: Tensor, start: UOp, valid: UOp | None, position: Tensor, end: Tensor) -> Tensor:
+        at = Place(tokens, start, valid, position, end)
         return run_layer(x, w, engine.config, engine.recipe, part, engine.table, at).contiguous().realize()
     replay = captured(run, Tensor.empty(tokens, engine.config.hidden).realize(), *bound(engine, tokens, depth))
     return tuple(Marks(engine.config, tokens, depth).layer(w, part).parts(replay))
@@ -196,8 +196,8 @@ def count_mtp(engine: Engine, tokens: int, depth: int) -> tuple[Part, ...]:
     """The MTP block on a batch whose hidden states are there, and its logits after the last token."""
     w, c = engine.weights, engine.config
 
-    def run(ids: Tensor, hidden: Tensor, start: UOp, valid: UOp | None) -> Tensor:
-        at = place_of(ids, start, valid)
+    def run(ids: Tensor, hidden: Tensor, start: UOp, valid: UOp | None, position: Tensor, end: Tensor) -> Tensor:
+        at = Place(tokens, start, valid, position, end)
         out = forward_mtp(ids, hidden, w, c, engine.recipe, engine.state, engine.table, at)
         last = tokens - 1 if valid is None else valid - 1
         return linear(out[last].contiguous(), w.mtp.head).realize()
@@ -224,10 +224,11 @@ def count_ends(engine: Engine, layers: list[Group], tokens: int, depth: int) -> 
     return found["embedding"], replace(found["norm"], calls=tuple((rest - inside).elements())), found["head"]
 
 
-def bound(engine: Engine, tokens: int, depth: int) -> tuple[UOp, UOp | None]:
-    """The variables of a step: its first position, and how many of its tokens are text (None: all, always)."""
+def bound(engine: Engine, tokens: int, depth: int) -> tuple[UOp | Tensor | None, ...]:
+    """The place of a step: its first position and how many of its tokens are text (None: all, always) as variables,
+    then as tensors its first position and the one behind it, which a step makes once for all layers."""
     valid = UOp.variable("valid", 1, tokens).bind(tokens) if tokens > 1 else None
-    return engine.start.bind(depth), valid
+    return engine.start.bind(depth), valid, *(Tensor.empty(1, dtype=dtypes.int32).realize() for _ in range(2))
 
 
 def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, depth: int = 0) -> list[Group]:

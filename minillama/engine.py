@@ -132,7 +132,7 @@ class Engine:
     # ---- a text ---------------------------------------------------------------------------------------------------
 
     def plan(self, tokens: int) -> list[int]:
-        """Sizes of the batches for so many tokens: the largest that gets at least half full, then on with the rest."""
+        """Batch sizes for so many tokens: the largest that gets more than half full, then on with the rest."""
         sizes = []
         while tokens > 0:
             sizes.append(next((size for size in self.batches if size <= 2 * tokens - (size > 1)), self.batches[-1]))

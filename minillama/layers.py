@@ -45,7 +45,8 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
         more = None if residual is None else residual.reshape(-1, weight.rows)
         return product.linear(x, weight, more).reshape(shape)
     if tuning.multiplies_halves(x.device, x.shape[0], weight.rows) and weight.format != "F32":
-        y = halves(x).matmul(in_halves(weight).T, dtype=dtypes.float32)
+        # A kernel of its own: fused with another product, it would not use those units.
+        y = halves(x).matmul(in_halves(weight).T, dtype=dtypes.float32).contiguous()
     else:
         y = x @ unpacked(weight).T                                          # (tokens, rows)
     return y.reshape(shape) if residual is None else y.reshape(shape) + residual

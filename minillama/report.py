@@ -20,18 +20,33 @@ EXTRA = "naive, captured"
 PUBLISHED = {"pp1": (37.92, 51.99), "pp8": (137.75, 176.36), "pp512": (930.70, 1125.73), "pp2048": (1049.91, 1352.31),
              "tg32": (38.02, 50.39)}
 
+# Tokens a second of llama.cpp b11434 (CUDA, flash attention) on one H100 80GB, 80B shapes, random Q4_0 weights with a
+# Q6_K head, 48 layers: from two such machines, made for this project with llama-bench.
+LLAMA_CPP = {"pp512": "4,140–4,390", "pp2048": "4,680", "tg128": "190–201"}
+BENCHED = "qwen3-next-80b-a3b"
+
 
 def per_token(row: Row) -> float:
     """Microseconds a token: the median sample, building included where the graph is built every time."""
     return median(row.samples_ns) / row.tokens / 1e3
 
 
-def row_of(result: Result, rung: str, kind: str) -> Row:
-    """The row of a rung's prompt ("pp") or generation ("tg")."""
-    return next(row for row in result.rows if row.name.startswith(f"{rung} {kind}"))
+def row_of(result: Result, rung: str, kind: str) -> Row | None:
+    """The row of a rung's prompt ("pp") or generation ("tg"); None where that machine has not measured it."""
+    return next((row for row in result.rows if row.name.startswith(f"{rung} {kind}")), None)
 
 
-def number(microseconds: float) -> str:
+def newest(results: list[Result], rung: str, kind: str) -> Row:
+    """The row of a rung on whichever machine measured it last: counts are the same everywhere."""
+    rows = [(result.created, row) for result in results if (row := row_of(result, rung, kind))]
+    return max(rows, key=lambda found: found[0])[1]
+
+
+def number(row: Row | None) -> str:
+    """A row's microseconds a token."""
+    if row is None:
+        return "–"
+    microseconds = per_token(row)
     return f"{microseconds:,.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
 
 
@@ -46,9 +61,9 @@ def ladder_table(results: list[Result]) -> str:
     lines = [heads, ["---"] * 2 + ["--:"] * (len(heads) - 2)]
     rungs = [*((rung.name, rung.again) for rung in LADDER), (EXTRA, "the first rung, replayed: running alone")]
     for name, again in rungs:
-        counts = row_of(results[0], name, "tg")
+        counts = newest(results, name, "tg")
         tokens = counts.tokens
-        times = [number(per_token(row_of(result, name, kind))) for result in results for kind in ("tg", "pp")]
+        times = [number(row_of(result, name, kind)) for result in results for kind in ("tg", "pp")]
         counted = (f"{count / tokens:.0f}" for count in (counts.counts.kernels, counts.counts.copies))
         lines.append([name, again, *counted, *times])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -68,9 +83,21 @@ def copies_table(results: list[Result]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def bench_table(results: list[Result]) -> str:
+    """Markdown: tokens a second of the real model's shapes, all layers, beside llama.cpp's."""
+    lines = [["machine", "format", "test", "tokens/s", "llama.cpp"], ["---", "---", "---", "--:", "--:"]]
+    for result in results:
+        for row in result.rows:
+            speed = median(1e9 * row.tokens / sample for sample in row.samples_ns)
+            beside = LLAMA_CPP.get(row.name, "–") if "H100" in result.device.name else "–"
+            lines.append([device_of(result), result.model.format, row.name, f"{speed:,.0f}", beside])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def results_section() -> str:
     """What stands between the README's markers."""
     ladders, copies = read_results("ladder", local=False), read_results("copies", local=False)
+    benches = [result for result in read_results("bench", local=False) if result.model.name == BENCHED]
     machines = "; ".join(f"{result.device.backend}: {device_of(result)}" for result in ladders)
     return "\n\n".join([
         "![Time per token of every rung, on every stored machine](course/images/ladder.svg)",
@@ -80,7 +107,10 @@ def results_section() -> str:
         ladder_table(ladders),
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
         "gain in speed, with kernels and copies a token:",
-        copies_table(copies)]) if ladders and copies else "*No results are stored yet.*"
+        copies_table(copies),
+        "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on the "
+        "same kind of GPU:",
+        bench_table(benches)]) if ladders and copies else "*No results are stored yet.*"
 
 
 def ladder_picture() -> Figure:
@@ -91,7 +121,7 @@ def ladder_picture() -> Figure:
     width = 0.8 / max(1, len(results))
     colours = (show.BLUE, show.ORANGE, show.GREEN, show.RED)
     for place, (result, colour) in enumerate(zip(results, colours, strict=False)):
-        heights = [per_token(row_of(result, name, "tg")) for name in names]
+        heights = [per_token(row) if (row := row_of(result, name, "tg")) else float("nan") for name in names]
         axes.bar([i + (place - (len(results) - 1) / 2) * width for i in range(len(names))], heights, width,
                  color=colour, label=device_of(result))
     show.logarithmic(axes, "y")

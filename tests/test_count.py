@@ -74,7 +74,8 @@ def test_ideal_bytes_are_active_weights_states_a_row_of_the_embedding_and_the_lo
     embedding = 4 * config.vocab * config.hidden
     attention = config.recurrent.count(False)
     rows = 2 * 4 * config.kv_heads * config.head_dim * attention        # bytes of one position in all caches
-    states = 2 * (State.zeros(config, 1).nbytes() - rows) + rows * (DEPTH + 1)
+    inputs = 4 * config.conv_channels * config.recurrent.count(True)    # of one position of all convolutions
+    states = 2 * (State.zeros(config, 1).nbytes() - rows) - 2 * inputs + rows * (DEPTH + 1)    # 3 are read, 1 written
     expected = 4 * parameters(config) - idle - embedding + 4 * config.hidden + states + 4 * config.vocab
     assert count.ideal(groups[:-1])[0] == expected
 

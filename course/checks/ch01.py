@@ -51,6 +51,7 @@ def check_pack_q4_0(yours: Callable[[np.ndarray], np.ndarray]) -> bool:
         "-8 to 7, twice": np.tile(np.arange(-8, 8), 2),
         "the largest value is positive, so the scale is negative": np.linspace(-1, 2, 32),
         "the largest value is negative": np.linspace(-2, 1, 32),
+        "as large on the other side: 16 has to become 15": np.linspace(-1, 1, 32),
         "normal numbers": rng.standard_normal(32),
         "one large value among small ones": np.where(np.arange(32) == 5, 40.0, rng.standard_normal(32)),
     }
@@ -60,8 +61,10 @@ def check_pack_q4_0(yours: Callable[[np.ndarray], np.ndarray]) -> bool:
         got, wanted = yours(values), _blocks("Q4_0", values[None])[0]
         complaint = _first_difference(got, wanted, "byte")
         if complaint and isinstance(got, np.ndarray) and got.shape == wanted.shape:
-            where = "the scale" if (got[:2] != wanted[:2]).any() else "the quants"
-            return f"{where}: {complaint}"
+            if (got[:2] != wanted[:2]).any():
+                scales = [float(block[:2].astype(np.uint8).copy().view("<f2")[0]) for block in (wanted, got)]
+                return f"the scale should be {scales[0]:.5g}, is {scales[1]:.5g} (the first two bytes)"
+            return f"the quants: {complaint}"
         return complaint
 
     return examine("pack_q4_0", {name: (lambda values=values: same(values)) for name, values in cases.items()})

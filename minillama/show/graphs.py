@@ -63,7 +63,8 @@ def views(panels: Mapping[str, np.ndarray]) -> Figure:
     for axes, (name, grid) in zip(all_axes[0], panels.items(), strict=True):
         axes.imshow(grid, cmap="cividis_r", vmin=-1, vmax=1.6 * last)
         for (row, column), address in np.ndenumerate(grid):
-            axes.text(column, row, str(address), ha="center", va="center", fontsize=9)
+            axes.text(column, row, str(address), ha="center", va="center", fontsize=9,
+                      color="white" if address > 0.6 * last else "black")
         axes.set_title(f"{name}\n{grid.shape[0]} × {grid.shape[1]}", fontsize=9)
         axes.set(ylim=(rows - 0.5, -0.5))
         axes.axis("off")

@@ -58,7 +58,7 @@ class Step:
         """The step in words."""
         counts = Counts.of(list(self.calls))
         time = f", {in_units(sum(self.seconds), 's')}" if self.seconds else ""
-        return (f"{counts.kernels:,} kernels, of these {counts.copies:,} copies; "
+        return (f"{counts.kernels:,} kernel{'s' * (counts.kernels != 1)}, of these {counts.copies:,} copies; "
                 f"{in_units(counts.bytes, 'B')}{time}")
 
 

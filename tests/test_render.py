@@ -1,0 +1,59 @@
+"""Every kernel of every rung, rendered for GPUs that are not here: what Metal limits, and what CUDA must not miss."""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from minillama.ladder import LADDER
+
+pytestmark = [pytest.mark.host, pytest.mark.slow]
+
+BUFFERS, SHARED_BYTES, THREADS = 31, 32 * 1024, 1024
+SIZES = {"float": 4, "int": 4, "uint": 4, "half": 2, "ushort": 2, "short": 2, "bool": 1, "uchar": 1, "char": 1}
+# Between them they hold the kernels of all rungs: capturing changes none, and a recurrence's prompt is a long graph.
+STEPS = [("naive", 4), ("chunked", 64), ("gathered", 1), ("no-copies", 1), ("fused-projections", 64),
+         ("fused-delta", 1), ("packed", 1), ("packed", 64), ("grouped", 1), ("grouped", 64)]
+
+
+@cache
+def rendered(backend: str, recipe: str, tokens: int) -> list[str]:
+    command = [sys.executable, str(Path(__file__).parent / "render.py"), backend, recipe, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("recipe", "tokens"), STEPS)
+def test_metal_could_run_every_kernel(recipe, tokens):
+    sources = rendered("METAL", recipe, tokens)
+    assert len(sources) > 10
+    for source in sources:
+        name, arguments = re.search(r"kernel void (\w+)\((.*?)\)\s*\{", source, re.S).groups()
+        buffers = len(re.findall(r"\bdevice\b|\bconstant\b", arguments))
+        assert buffers <= BUFFERS, f"{name} takes {buffers} buffers"
+        shared = sum(SIZES[kind] * int(count) for kind, count in
+                     re.findall(r"threadgroup\s+(?:__attribute__\S+\s+)?(\w+)\s+\w+\[(\d+)\]", source))
+        assert shared <= SHARED_BYTES, f"{name} shares {shared} bytes"
+        threads = math.prod(int(size) for size in re.findall(r"lid\.\w; /\* (\d+) \*/", source))
+        assert threads <= THREADS, f"{name} has {threads} threads in a group"
+        assert "double" not in source, f"{name} uses float64"
+
+
+def test_the_rungs_that_are_rendered_are_there():
+    assert {name for name, _ in STEPS} <= {rung.name for rung in LADDER}
+
+
+@pytest.mark.parametrize(("backend", "unit"), (("CUDA", "mma.sync"), ("METAL", "simdgroup_multiply_accumulate")))
+def test_products_of_halves_use_the_units_for_them(backend, unit):
+    """Without them the compiler rounds each product of two halves to a half, and sums that: logits off by 0.05."""
+    products = [source for source in rendered(backend, "grouped", 64)
+                if len(re.findall(r"half\* data[1-9]", source)) >= 2]
+    assert len(products) >= 4
+    for source in products:
+        assert unit in source, re.search(r"(__global__|kernel void).*", source)[0][:200]
