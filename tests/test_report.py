@@ -2,6 +2,7 @@
 import pytest
 
 from minillama import report
+from minillama.results import Row
 
 pytestmark = pytest.mark.host
 
@@ -16,5 +17,10 @@ def test_a_readme_without_its_markers_is_refused():
         report.with_section("# minillama\n")
 
 
-def test_a_number_keeps_what_can_be_read():
-    assert report.number(1234.56) == "1,235" and report.number(26.04) == "26.0"
+@pytest.mark.parametrize(("nanoseconds", "text"), ((1234560, "1,235"), (26040, "26.0")))
+def test_a_number_keeps_what_can_be_read(nanoseconds, text):
+    assert report.number(Row("tg1", tokens=1, samples_ns=[nanoseconds])) == text
+
+
+def test_a_rung_that_a_machine_has_not_measured_has_no_number():
+    assert report.number(None) == "–"

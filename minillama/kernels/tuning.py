@@ -21,8 +21,6 @@ class Spread:
 
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100
 SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(4, 1, 4, 1)}
-
-
 TEAMS = ("CUDA", "METAL", "NV", "AMD")
 
 
