@@ -17,7 +17,7 @@ MODEL ?= $(MASTER)
 PROMPT ?= def fibonacci(n):
 ARGS ?=
 PYTEST := python -m pytest
-NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=120 \
+NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
     --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

@@ -108,8 +108,8 @@ def results_section() -> str:
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
         "gain in speed, with kernels and copies a token:",
         copies_table(copies),
-        "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on the "
-        "same kind of GPU:",
+        "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
+        "the same kind of GPU:",
         bench_table(benches)]) if ladders and copies else "*No results are stored yet.*"
 
 
