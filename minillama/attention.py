@@ -58,15 +58,14 @@ def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor
     return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)
 
 
-def in_teams(device: str, config: ModelConfig) -> bool:
+def can_step(device: str, config: ModelConfig) -> bool:
     """Whether `attention_step` can do this model on this device."""
-    threads, share = min(kernels.THREADS, config.head_dim), config.heads // config.kv_heads
-    return tuning.teams(device) and config.head_dim % threads == 0 and threads % share == 0
+    return tuning.shares_memory(device) and kernels.fits(config.heads, config.kv_heads, config.head_dim)
 
 
 def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
                    residual: Tensor) -> Tensor:
-    """`attention` for a few tokens where threads work in teams, in seven kernels. x and residual (tokens, hidden);
+    """`attention` for a few tokens where `can_step`, in seven kernels. x and residual (tokens, hidden);
     table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token."""
     c, (tokens, _) = config, x.shape
     keys = c.kv_heads * c.head_dim

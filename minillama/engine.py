@@ -28,7 +28,8 @@ SLOTS = 2           # of a ring of memories: the one that a token reads, the one
 
 
 def put(tensor: Tensor, values: np.ndarray) -> Tensor:
-    """Overwrite a realized tensor; a new one would cost a millisecond of Python. Waits for whoever still reads it."""
+    """Overwrite a realized tensor, which takes far less Python than a new one. Waits for whoever still reads it.
+    values: as many of the same type, contiguous."""
     buffer = tensor.uop.buffer
     Device[buffer.device].synchronize()
     buffer.allocator._copyin(buffer._buf, memoryview(values).cast("B"))
@@ -152,7 +153,10 @@ class Engine:
         return ids
 
     def batches_of(self, ids: list[int]) -> Iterator[tuple[Tensor, int, int, int]]:
-        """Cut ids into padded batches: (ids (size,) int32, start, valid, index of the batch's first id)."""
+        """Cut ids into padded batches: (ids (size,) int32, start, valid, index of the batch's first id).
+
+        The next batch of a size overwrites the one before: use each before you ask for the next.
+        """
         at = 0
         for size in self.plan(len(ids)):
             part = ids[at:at + size]

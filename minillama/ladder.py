@@ -72,18 +72,19 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "`projections=separate`", "weights are stacked when loaded: the loading time is not in it")),
     ("fused-delta", "11", "#19504: one operation for the delta rule", {"delta": "fused"}, Ledger(
         "output, convolution window and memory equal the recurrence's, wherever the text is cut",
-        "the memory is read once and written once, and two kernels start where ten did", "decoding",
-        "where threads share no memory a second pass and a norm remain; prompts take the chunks as before",
+        "the memory is written once, and read once where threads share memory; a few kernels start where many did",
+        "decoding", "where threads share none, a second pass and a norm remain; prompts take the chunks as before",
         "`delta=chunked`", "a small model's memory stays in the cache: bytes saved there are not time saved")),
-    ("packed", "12", "what every llama.cpp kernel does: blocks unpacked in the product", {"weights": "packed"}, Ledger(
+    ("packed", "12", "llama.cpp's quantized products: blocks unpacked in the kernel", {"weights": "packed"}, Ledger(
         "each format gives its own golden logits", "a weight of 4.5 bits is read as 4.5 bits, not as 32",
         "decoding, where reading weights is nearly all of the time",
-        "prompts on a CPU: each batch unpacks every matrix once more", "`weights=float`",
+        "not seen to lose yet; a prompt's batch unpacks every matrix once, which plain weights need not",
+        "`weights=float`",
         "a model that fits into the cache is not read from memory at all")),
     ("grouped", "13", "ggml_mul_mat_id for batches: rows sorted by expert", {"experts": "grouped"}, Ledger(
         "each token's weighted sum over its experts is unchanged, however skewed the routing",
         "tokens that picked the same expert share one reading of it", "prompts",
-        "short batches over many experts: tiles are mostly padding", "`experts=gathered`",
+        "short batches: tiles are mostly padding; 64 tokens of the shipped model on a CPU", "`experts=gathered`",
         "random tokens spread over the experts more evenly than text does")),
 ]
 

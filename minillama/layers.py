@@ -8,6 +8,7 @@ from tinygrad import Tensor, dtypes
 
 from minillama.kernels import product, tuning
 from minillama.kernels.packed import Packed, halves, in_halves, rows_of, unpacked
+from minillama.kernels.product import Column
 
 FEW = 16    # tokens up to which a packed weight is unpacked inside its product; a prompt shares one unpacked copy
 
@@ -55,9 +56,6 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
 def lookup(table: Tensor | Packed, ids: Tensor) -> Tensor:
     """Rows of a table (vocab, columns) by number, (tokens, columns) float32. ids (tokens,) int32."""
     return rows_of(table, ids) if isinstance(table, Packed) else table[ids]
-
-
-Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
 
 
 def columns(x: Tensor, weights: tuple[Tensor | Packed, ...], widths: tuple[int, ...]) -> list[Column]:

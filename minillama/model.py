@@ -56,7 +56,7 @@ def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: D
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
     rotary angles of all positions. `few`: hand-written kernels may take over."""
     everywhere = recipe.copies == "everywhere"
-    if isinstance(part, KVCache) and few and attention.in_teams(x.device, config):
+    if isinstance(part, KVCache) and few and attention.can_step(x.device, config):
         return attention.attention_step(x, w.mixer, config, table, part, at.position, residual)
     if isinstance(part, KVCache):
         module = first_port if everywhere else attention

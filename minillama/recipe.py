@@ -27,8 +27,8 @@ class Recipe:
 
     A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts and
     two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
-    functions of your own, with the signatures of `delta_net.recurrent` and
-    `experts.dense`, or "module:name" of one.
+    functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one;
+    an `experts` function that cannot read `Packed` weights goes with weights="float".
     """
     delta: str | Callable = "fused"
     experts: str | Callable = "grouped"

@@ -101,6 +101,7 @@ def unfilled(device: str | None = None) -> Fill:
 
 
 def half_bits(value: float) -> int:
+    """The 16 bits of a number as a half."""
     return int(np.float16(value).view(np.uint16))
 
 

@@ -1,6 +1,6 @@
 """Render every kernel of some steps as source for a GPU that is not here: run as a program, for test_render.py.
 
-    python render.py CUDA|METAL RECIPE TOKENS
+    python render.py CUDA|METAL RECIPE TOKENS SHAPE
 
 The NULL device builds and renders as the real one would; a stand-in takes the place of the compiler and keeps what it
 is given. Prints a JSON list of sources on its last line.
@@ -10,7 +10,7 @@ import os
 import sys
 import types
 
-BACKEND, RECIPE, TOKENS = sys.argv[1], sys.argv[2], int(sys.argv[3])
+BACKEND, RECIPE, TOKENS, SHAPE = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 TARGET = {"CUDA": "NULL:CUDA:sm_90", "METAL": "NULL:METAL:Apple9"}[BACKEND]
 os.environ |= {"DEV": TARGET, "CACHELEVEL": "0", "PARALLEL": "0"}
 sources: list[str] = []
@@ -43,7 +43,7 @@ def main() -> None:
     from minillama.ladder import read_recipe
     from minillama.shapes import RandomWeights, shape_config, unfilled
     tuning.backend = lambda device: BACKEND
-    recipe, config = read_recipe(RECIPE), shape_config("tiny", 4)
+    recipe, config = read_recipe(RECIPE), shape_config(SHAPE, 4)
     packed = recipe.weights == "packed"
     weights = RandomWeights(config, "Q4_0" if packed else "F32", recipe.projections == "fused", packed,
                             unfilled()).model()

@@ -210,7 +210,7 @@ def test_more_tokens_than_a_ring_has_room_for_are_refused():
 
 
 @pytest.mark.parametrize(("tokens", "position"), ((1, 0), (1, 70), (3, 126)))
-def test_attention_in_teams_equals_its_twin_on_both_sides_of_a_part(tokens, position):
+def test_attention_in_parts_equals_its_twin_on_both_sides_of_a_part(tokens, position):
     from tinygrad import Device
     if not Device[Device.DEFAULT].renderer.has_local:
         pytest.skip("no memory that threads share on this device")
@@ -232,3 +232,13 @@ def test_attention_in_teams_equals_its_twin_on_both_sides_of_a_part(tokens, posi
     twin = attention.attend_twin(wanted, Tensor(wanted_keys), Tensor(wanted_values), q[:, :, 1], position)
     assert off(got, wanted) < TOLERANCE and off(y, twin) < TOLERANCE
     assert off(keys, wanted_keys) < TOLERANCE and np.array_equal(values.numpy(), wanted_values)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "can"), (
+    (16, 2, 256, True), (24, 4, 256, False), (4, 2, 32, True), (8, 8, 128, False), (4, 2, 96, False)))
+def test_attention_knows_which_heads_it_can_divide(heads, kv_heads, dim, can):
+    assert attention.fits(heads, kv_heads, dim) is can
+    if not can:
+        with pytest.raises(ValueError, match="cannot be divided among threads$"):
+            cache = tensor(4, kv_heads, dim)
+            attention.attend(tensor(1, heads, dim), cache, cache, (tensor(1), 0), 0, tensor(1))

@@ -17,21 +17,22 @@ pytestmark = [pytest.mark.host, pytest.mark.slow]
 BUFFERS, SHARED_BYTES, THREADS = 31, 32 * 1024, 1024
 SIZES = {"float": 4, "int": 4, "uint": 4, "half": 2, "ushort": 2, "short": 2, "bool": 1, "uchar": 1, "char": 1}
 # Between them they hold the kernels of all rungs: capturing changes none, and a recurrence's prompt is a long graph.
+REAL = "qwen3-next-80b-a3b"
 STEPS = [("naive", 4), ("chunked", 64), ("gathered", 1), ("no-copies", 1), ("fused-projections", 64),
          ("fused-delta", 1), ("packed", 1), ("packed", 64), ("grouped", 1), ("grouped", 64)]
 
 
 @cache
-def rendered(backend: str, recipe: str, tokens: int) -> list[str]:
-    command = [sys.executable, str(Path(__file__).parent / "render.py"), backend, recipe, str(tokens)]
+def rendered(backend: str, recipe: str, tokens: int, shape: str = "tiny") -> list[str]:
+    command = [sys.executable, str(Path(__file__).parent / "render.py"), backend, recipe, str(tokens), shape]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("recipe", "tokens"), STEPS)
-def test_metal_could_run_every_kernel(recipe, tokens):
-    sources = rendered("METAL", recipe, tokens)
+@pytest.mark.parametrize(("recipe", "tokens", "shape"), [(*step, "tiny") for step in STEPS] + [("grouped", 1, REAL)])
+def test_metal_could_run_every_kernel(recipe, tokens, shape):
+    sources = rendered("METAL", recipe, tokens, shape)
     assert len(sources) > 10
     for source in sources:
         name, arguments = re.search(r"kernel void (\w+)\((.*?)\)\s*\{", source, re.S).groups()

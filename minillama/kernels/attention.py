@@ -1,6 +1,6 @@
-"""Gated attention for a few tokens, where threads work in teams: rotate and store, attend in parts, put together.
+"""Gated attention for a few tokens, where threads share memory: rotate and store, attend in parts, put together.
 
-Plain tensor code takes a dozen kernels, and those that sum over positions take them one after the other, since their
+Plain tensor code takes about ten kernels, and those that sum over positions take them one after the other, since their
 number is not known when they are compiled. Here the cache is cut into parts of some positions; a block of threads
 attends over one part, for all query heads that share its keys, and what the parts found is weighed at the end. Parts
 behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein 2018 (online softmax).
@@ -8,13 +8,21 @@ behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov
 from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from minillama.kernels.board import const, mean_of_threads, shared_memory
-from minillama.kernels.delta import Column
-from minillama.kernels.product import added, counter, number, result
+from minillama.kernels.block import const, mean_of_threads, shared_memory
+from minillama.kernels.product import Column, added, counter, number, result
 
 PART = 64           # positions of a part, at most
 THREADS = 128       # that work on it, at most: no more than a head has dimensions
 NOWHERE = -1e30     # a score that weighs nothing
+
+
+def fits(heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether `attend` can divide heads of that many dimensions among its threads."""
+    threads = min(THREADS, dim)
+    size, share = min(PART, threads), heads // kv_heads
+    lanes = threads // size
+    whole = threads % size, dim % threads, dim // lanes % 4, threads % share, size * share % threads
+    return not any(whole) and dim <= 1024       # of a block, and `rotated` has a thread for each dimension
 
 
 def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
@@ -75,8 +83,11 @@ def attend_twin(q: Tensor, keys: Tensor, values: Tensor, gate: Tensor, position:
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, position: Tensor) -> Tensor:
-    """As `attend_twin`; the gate of a head lies at gate + head * stride. In two kernels: parts, and their sum."""
+    """As `attend_twin`; the gate of a head lies at gate + head * stride. In two kernels: parts, and their sum. Raises
+    ValueError for heads that do not `fits`."""
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
+    if not fits(heads, kv_heads, dim):
+        raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
     threads = min(THREADS, dim)
     size, share = min(PART, threads), heads // kv_heads
     parts, lanes = -(-positions // size), threads // size       # a position has so many threads

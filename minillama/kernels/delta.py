@@ -9,14 +9,13 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.board import const, mean_of_threads, shared_memory
-from minillama.kernels.product import added, counter, result
+from minillama.kernels.block import const, mean_of_threads, shared_memory
+from minillama.kernels.product import Column, added, counter, result
 from minillama.kernels.ring import slot_of
 
 HISTORY = 16        # inputs of the convolution that are kept: those a token sees and those of a batch of up to 8
 MOST = 8            # tokens at once
 LANES = 4           # threads that share a column of the memory
-Column = tuple[Tensor, int]     # where a projection's result lies: a buffer (tokens, columns), its first column
 
 
 # ---- convolution --------------------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def step(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias: Te
     tokens, slots, dim = qkv.shape[0], ring.shape[0], ring.shape[-1]
     if tokens >= slots:
         raise ValueError(f"{tokens} tokens need {tokens + 1} slots, the ring has {slots}")
-    together = tuning.teams(qkv.device) and dim % LANES == 0 and dim * LANES <= 1024
+    together = tuning.shares_memory(qkv.device) and dim % LANES == 0 and dim * LANES <= 1024
     return (by_heads if together else by_columns)(qkv, z, b, a, ring, dt_bias, decay, norm, eps, position)
 
 
@@ -137,8 +136,8 @@ def by_heads(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias
              eps: float, position: Tensor) -> Tensor:
     """`step` where threads share memory: a block a head, LANES threads a column, each with every LANES-th row.
 
-    One kernel a token. Several in one would read the memory once for all of them, but on an H100 their registers
-    spilled: two tokens took longer than two kernels.
+    One kernel a token. Several in one would read the memory once for all of them, but with these lanes on an H100
+    their registers spilled: two tokens took longer than two kernels.
     """
     tokens, (slots, heads, dim, _) = qkv.shape[0], ring.shape
     keys = (qkv.shape[1] - heads * dim) // 2

@@ -26,7 +26,7 @@ TOP, ONE = 23, 0x3F800000               # of a float32: the bits of its mantissa
 @dataclass(frozen=True)
 class Octet:
     """Eight quants of a row in a kernel. An integer n of `bits` bits comes as the float32 number 1 + n / 2^bits: its
-    bits are put behind those of 1.0, which takes two operations where a conversion takes many.
+    bits are put behind those of 1.0, and nothing need be converted.
 
     value = (n - bias) * scale + offset, n = (quant - 1) * 2^bits. With bits 0 the quants are the values themselves.
     """
@@ -67,11 +67,12 @@ class Part:
         return rows, columns // self.span * self.items
 
 
-# ---- bits and numbers, in kernels and in tensors (both know these operators) ---------------------------------------
+# ---- bits and numbers ---------------------------------------------------------------------------------------------
 
 
-def half_to_float(bits: UOp) -> UOp:
-    """The float32 value of a half given by its 16 bits (uint32), subnormal halves included; no infinities.
+def half_to_float(bits: UOp | Tensor) -> UOp | Tensor:
+    """The float32 value of a half given by its 16 bits (uint32), subnormal halves included; no infinities. In a kernel
+    and for whole tensors, which know the same operators.
 
     Bit operations, since some devices have no halves, and tinygrad's stand-in for them takes subnormals for zero.
     """
@@ -130,11 +131,8 @@ def nibbles(packed: Tensor, width: int) -> Tensor:
 
 
 def half_values(bits: Tensor) -> Tensor:
-    """`half_to_float` for tensors of uint16 or uint32."""
-    bits = bits.cast(dtypes.uint32)
-    wide = (((bits & 0x7fff) << 13) + (112 << 23)).bitcast(dtypes.float32)
-    size = ((bits & EXPONENT) == 0).where((bits & MANTISSA).cast(dtypes.float32) * 2.0 ** -24, wide)
-    return ((bits & 0x8000) == 0).where(size, -size)
+    """The float32 values of halves given by their bits, uint16 or uint32."""
+    return half_to_float(bits.cast(dtypes.uint32))
 
 
 def spread(items: Tensor, times: int) -> Tensor:

@@ -3,7 +3,7 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.board import mean_of_threads
+from minillama.kernels.block import mean_of_threads
 from minillama.kernels.product import added, counter, result
 
 THREADS = 128
@@ -33,5 +33,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         return out.index(token, place).store(value).end(token, place).sink(
             arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
-    together = tuning.teams(x.device) and dim % THREADS == 0
+    together = tuning.shares_memory(x.device) and dim % THREADS == 0
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]

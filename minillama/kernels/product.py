@@ -43,6 +43,9 @@ def number(x: UOp) -> UOp:
     return x.load().cast(dtypes.weakint)
 
 
+Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
+
+
 def result(*shape: int, like: Tensor) -> Tensor:
     """A buffer for a kernel to fill."""
     return Tensor.empty(*shape, dtype=dtypes.float32, device=like.device)

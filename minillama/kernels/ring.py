@@ -4,7 +4,7 @@ from math import prod
 from tinygrad import Tensor
 from tinygrad.uop.ops import KernelInfo, UOp
 
-from minillama.kernels.board import const
+from minillama.kernels.block import const
 from minillama.kernels.product import number, result
 
 

@@ -6,7 +6,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.board import const
+from minillama.kernels.block import const
 from minillama.kernels.product import added, counter
 
 

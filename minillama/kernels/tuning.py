@@ -3,7 +3,7 @@
 A row's product is cut into *steps* of some octets. On a GPU, `lanes` threads share a row and add up what each found;
 a thread does `rows` rows at once, so that what it loads of x serves all of them; `groups` such bundles make a thread
 block. CPUs have no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the
-problem gives way to the next smaller power of two that does.
+problem gives way to the next smaller power of two that does. What is not measured says so.
 """
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class Spread:
     groups: int
 
 
-GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100
+GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
 SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(4, 1, 4, 1)}
-TEAMS = ("CUDA", "METAL", "NV", "AMD")
+SHARING = ("CUDA", "METAL", "NV", "AMD")
 
 
 def backend(device: str) -> str:
@@ -48,7 +48,7 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     spread = spread_for(device)
     step = fitting(spread.step, octets)
     most = max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
-    if spread.lanes > 1:        # few rows in all: rather more threads than more rows in each
+    if spread.lanes > 1:        # few rows in all: rather more threads than more rows in each (on an H100)
         most = min(most, 1 if outer or rows * times < 2048 else 2 if rows * times < 8192 else most)
     each = fitting(most, rows)
     lanes, groups = fitting(spread.lanes, octets // step), fitting(spread.groups, rows // each)
@@ -59,10 +59,11 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     return step, tuple(opts)
 
 
-def teams(device: str) -> bool:
-    """Whether threads work in teams here, sharing memory and waiting for each other. OpenCL could, but where it is
-    tried its device is a CPU (PoCL), for which a team is a loop: a delta step took four times as long in teams."""
-    return backend(device) in TEAMS
+def shares_memory(device: str) -> bool:
+    """Whether kernels here let the threads of a block share memory and wait for each other. OpenCL could, but where it
+    is tried its device is a CPU (PoCL), for which a block is a loop: so written, a delta step took four times as long.
+    """
+    return backend(device) in SHARING
 
 
 def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:
@@ -80,12 +81,12 @@ def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple
     """The same for columns (axis 0) × tiles (axis 1) × rows of a tile (axis 2), the rows all in one thread."""
     step = fitting(spread_for(device).step, octets)
     opts = (Opt(OptOps.UPCAST, 2, tile),)
-    return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if teams(device) else ())
+    return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ())
 
 
 def lanes(device: str, size: int) -> int:
     """Threads that share a sum over `size` terms: 1 where threads cannot share."""
-    return fitting(32, size) if teams(device) else 1
+    return fitting(32, size) if shares_memory(device) else 1
 
 
 def grouped(lanes: int) -> tuple[Opt, ...]:
