@@ -7,8 +7,11 @@ from tinygrad import Tensor, UOp
 from minillama.config import ModelConfig
 from minillama.kernels import attention as kernels
 from minillama.kernels import tuning
-from minillama.layers import columns, linear, project, rms_norm, rope
-from minillama.weights import AttentionWeights
+from minillama.kernels.packed import Packed
+from minillama.kernels.product import Column
+from minillama.layers import FEW, columns, linear, project, rms_norm, rope
+from minillama.state import KVChain
+from minillama.weights import AttentionWeights, Weight
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
@@ -72,7 +75,32 @@ def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: T
     (q, at), k, v = columns(x, w.inputs, (2 * c.heads * c.head_dim, keys, keys))    # q: per head [query | gate]
     turned = Tensor.empty(tokens, c.heads, c.head_dim, device=x.device)
     turned = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned, False)
-    rows = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys, True)
-    y = kernels.attend(turned, rows, kernels.stored(v, cache.values, position), (q, at + c.head_dim), 2 * c.head_dim,
-                       position)
+    rows, values = cached_heads(k, v, w, config, table, cache, position)
+    y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     return linear(y, w.out, residual)
+
+
+def cached_heads(k: Column, v: Column, w: AttentionWeights, config: ModelConfig, table: Tensor, cache,
+                 position: Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and rotate keys, and store them and values from `position` on, where `can_step`. Returns the cache's
+    buffers with them."""
+    c = config
+    keys = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys, True)
+    values = kernels.stored(v, cache.values, position)
+    cache.wrote(keys, values)
+    return keys, values
+
+
+def remember(x: Tensor, w: AttentionWeights, kv: tuple[Weight, ...], config: ModelConfig, table: Tensor, at,
+             cache: KVChain) -> None:
+    """Only store keys and values of x (tokens, hidden), whose tokens are looked back at and need not look themselves.
+
+    kv: the rows of `w.inputs` that make keys and values; table (positions, 2, rope_dim // 2), of all positions; `at`:
+    the model's Place.
+    """
+    c, width = config, config.kv_heads * config.head_dim
+    if x.shape[0] <= FEW and isinstance(kv[0], Packed) and can_step(x.device, c):
+        cached_heads(*columns(x, kv, (width, width)), w, c, table, cache, at.position)
+        return
+    k, v = (part.reshape(x.shape[0], -1, c.head_dim) for part in project(x, kv, (width, width)))
+    cache.write(rope(rms_norm(k, w.k_norm, c.norm_eps), at.rows(table)), v, at.start)

@@ -4,6 +4,10 @@
 llama-bench does with `-b` equal to `-ub`); `tg128` feeds 128 random tokens one by one and waits for the device after
 each; `pp512+tg128` does one after the other; `@ d4096` starts at that position, behind a prompt that is not timed. One
 run warms up (there graphs are captured and kernels compiled), then each test is repeated from a cleared state.
+
+With drafts, tokens are generated in rounds, and prompts run what the MTP block needs (`mtp_prefill`). Random weights
+guess nothing right: `accept` decides by chance which drafts are kept, for the speed alone. The drafts, the model's
+look at them and all that is read for both are real; the result is marked as simulated.
 """
 import csv
 import io
@@ -64,12 +68,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measured:
-    """One test's samples, each for all of its tokens; `clocks` are those of the warm-up run, in nanoseconds."""
+    """One test's samples, each for all of its tokens; `clocks` are those of the warm-up run, in nanoseconds. `accept`:
+    the simulated probability that a draft is kept; `kept`: how many were in a round, on average, of either kind."""
     test: Trial
     batch: int
     recipe: Recipe
     samples_ns: list[int]
     clocks: ClockTimes
+    accept: float | None = None
+    kept: float = 0.0
     began: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
     @property
@@ -86,9 +93,10 @@ def trials(prompts: Iterable[int], generations: Iterable[int], pairs: Iterable[t
     return [Trial(p, n, depth) for depth in depths for p, n in kinds if p or n]
 
 
-def check_room(tests: list[Trial], config: ModelConfig) -> int:
-    """The context that all tests fit into, in tokens. Raises ValueError where the model has no such context."""
-    context = max(test.tokens + test.depth for test in tests)
+def check_room(tests: list[Trial], config: ModelConfig, drafts: int = 0) -> int:
+    """The context that all tests fit into, in tokens; drafts may pass the mark. Raises ValueError where the model has
+    no such context."""
+    context = max(test.tokens + test.depth for test in tests) + drafts
     if context > config.context:
         raise ValueError(f"{context} tokens do not fit into the model's context of {config.context}")
     return context
@@ -107,9 +115,11 @@ def batches_for(largest: int) -> tuple[int, ...]:
 class Bench:
     """Runs tests on one engine, and keeps the state at the last depth it had to compute."""
 
-    def __init__(self, engine: Engine):
-        self.engine, self.random = engine, np.random.default_rng(SEED)
+    def __init__(self, engine: Engine, accept: float | None = None, length: int | None = None):
+        self.engine, self.random, self.accept = engine, np.random.default_rng(SEED), accept
+        self.length = engine.recipe.draft if length is None else length     # drafts of a round
         self.depth, self.kept = 0, []
+        self.rounds = self.accepted = 0
 
     def ids(self, count: int) -> list[int]:
         return self.random.integers(0, self.engine.config.vocab, count).tolist()
@@ -119,10 +129,28 @@ class Bench:
             self.engine.feed(self.ids(count))
             synchronize()
 
-    def generate(self, count: int) -> None:
+    def generate(self, count: int) -> float:
+        """Generate tokens; returns which share of the time they took, since a round may pass the mark."""
+        if count and self.engine.drafter:
+            return count / self.draft(count)
         for _ in range(count):
             self.engine.feed(self.ids(1))
             synchronize()
+        return 1.0
+
+    def draft(self, count: int) -> int:
+        """At least `count` tokens, the first by a plain step, then in rounds; returns how many."""
+        drafter, length = self.engine.drafter, self.length
+        token, done = int(self.engine.feed(self.ids(1), "greedy").item()), 1
+        while done < count:
+            kind, more = "greedy", []
+            if self.accept is not None:
+                matches = (self.random.random(length) < self.accept).astype(np.int32)
+                kind, more = "simulated", [self.engine.input("matches", matches)]
+            found = len(drafter.run(token, length, kind, *more))
+            self.rounds, self.accepted = self.rounds + 1, self.accepted + found - 1
+            token, done = None, done + found
+        return done
 
     def go_to(self, depth: int) -> None:
         """Clear the state, or put it behind a text of `depth` tokens."""
@@ -131,6 +159,8 @@ class Bench:
         if depth and depth == self.depth:
             Tensor.realize(*(tensor.assign(kept) for tensor, kept in zip(tensors, self.kept, strict=True)))
             self.engine.position = depth
+            if self.engine.drafter:
+                self.engine.drafter.after_prompt()
         elif depth:
             self.prompt(depth)
             self.depth, self.kept = depth, [tensor.clone().realize() for tensor in tensors]
@@ -143,28 +173,32 @@ class Bench:
         self.prompt(test.prompt)
         self.generate(min(test.generated, 2))       # one captures, one replays
         warm, samples = time.perf_counter_ns() - began, []
+        self.rounds = self.accepted = 0
         for _ in range(repetitions):
             self.go_to(test.depth)
             began = time.perf_counter_ns()
             self.prompt(test.prompt)
-            self.generate(test.generated)
-            samples.append(time.perf_counter_ns() - began)
+            share, middle = 1.0, time.perf_counter_ns()
+            if test.generated:
+                share = self.generate(test.generated)
+            samples.append(middle - began + round((time.perf_counter_ns() - middle) * share))
         return samples, warm
 
 
 def measure(weights: ModelWeights, config: ModelConfig, recipe: Recipe, tests: list[Trial],
-            batches: tuple[int, ...], repetitions: int) -> Iterator[Measured]:
+            batches: tuple[int, ...], repetitions: int, accept: float | None = None) -> Iterator[Measured]:
     """Run every test with every batch size. Raises ValueError, before anything runs, for a text that does not fit."""
-    context = check_room(tests, config)
+    context = check_room(tests, config, recipe.draft)
     sizes = [batches_for(batch) for batch in batches]
     for batch, these in zip(batches, sizes, strict=True):
         engine = ClockedEngine(weights, config, recipe, context=context, batches=these)
-        bench = Bench(engine)
+        bench = Bench(engine, accept)
         for test in tests:
             build, compile = engine.build, engine.compile
             samples, warm = bench.run(test, repetitions)
             build, compile = engine.build - build, engine.compile - compile
-            yield Measured(test, batch, recipe, samples, ClockTimes(build, compile, max(0, warm - build - compile)))
+            yield Measured(test, batch, recipe, samples, ClockTimes(build, compile, max(0, warm - build - compile)),
+                           accept if test.generated else None, bench.accepted / max(1, bench.rounds))
 
 
 # ---- reporting ----------------------------------------------------------------------------------------------------
@@ -186,7 +220,8 @@ def fields_of(subject: Subject, m: Measured) -> dict:
         "type_v": "f32", "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth,
         "test_time": m.began, "avg_ns": round(statistics.mean(m.samples_ns)),
         "stddev_ns": round(deviation(m.samples_ns)), "avg_ts": statistics.mean(m.speeds),
-        "stddev_ts": deviation(m.speeds), "recipe": ",".join(f"{k}={v}" for k, v in m.recipe.names().items()),
+        "stddev_ts": deviation(m.speeds), "simulated": m.accept is not None, "accept": m.accept,
+        "recipe": ",".join(f"{k}={v}" for k, v in m.recipe.names().items()),
         "samples_ns": m.samples_ns, "samples_ts": m.speeds}
 
 
@@ -222,10 +257,11 @@ def count_text(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
 
 
-def changes(recipe: Recipe) -> str:
-    """The fields of a recipe that are not the default's."""
+def changes(recipe: Recipe, accept: float | None = None) -> str:
+    """The fields of a recipe that are not the default's, and what was simulated."""
     standard = Recipe().names()
-    return ",".join(f"{name}={value}" for name, value in recipe.names().items() if value != standard[name])
+    fields = [f"{name}={value}" for name, value in recipe.names().items() if value != standard[name]]
+    return ",".join(fields + ([] if accept is None else [f"accept={accept:g} (simulated)"]))
 
 
 def as_markdown(subject: Subject, measured: Iterable[Measured]) -> Iterator[str]:
@@ -241,7 +277,7 @@ def as_markdown(subject: Subject, measured: Iterable[Measured]) -> Iterator[str]
             yield row_of(widths, dict(zip(widths, rules, strict=True)))
         yield row_of(widths, {
             "model": subject.kind, "size": size_text(subject.bytes), "params": count_text(subject.parameters),
-            "backend": this_device().backend, "n_ubatch": str(m.batch), "recipe": changes(m.recipe),
+            "backend": this_device().backend, "n_ubatch": str(m.batch), "recipe": changes(m.recipe, m.accept),
             "test": m.test.name, "t/s": f"{statistics.mean(m.speeds):.2f} ± {deviation(m.speeds):.2f}"})
     yield f"\nbuild: {this_commit()}\n"
 
@@ -260,5 +296,7 @@ def as_result(subject: Subject, measured: list[Measured]) -> Result:
     """The tests as a result file of the kind bench; a row's clocks are those of its warm-up run."""
     rows = [Row(m.test.name, m.recipe.names(), m.test.tokens, m.samples_ns, m.clocks, values={
         "n_prompt": m.test.prompt, "n_gen": m.test.generated, "n_depth": m.test.depth, "n_ubatch": m.batch,
-        "model_size": subject.bytes, "model_n_params": subject.parameters}) for m in measured]
+        "model_size": subject.bytes, "model_n_params": subject.parameters} | (
+            {"drafts_kept_a_round": m.kept} if m.kept else {}) | ({} if m.accept is None else {"accept": m.accept}),
+        simulated=m.accept is not None) for m in measured]
     return Result.here("bench", subject.model, rows)

@@ -47,6 +47,10 @@ def add_engine_options(parser: Parser) -> None:
     parser.add_argument("-c", "--context", type=at_least(1), help="tokens there is room for (default: up to 4096)")
 
 
+def add_draft_option(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--draft", type=at_least(0), metavar="N", help=f"{about} (0 to 4)")
+
+
 def add_sampling_options(parser: Parser, count: int) -> None:
     parser.add_argument("-n", "--count", type=at_least(1), default=count, help=f"tokens at most (default: {count})")
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, always the likeliest token)")
@@ -77,13 +81,16 @@ def build_parser() -> Parser:
     source.add_argument("-f", dest="text_file", metavar="TEXTFILE")
     made = command(commands.inspect, "metadata, tensors, formats, parameters, memory needed")
     made.add_argument("-c", "--context", type=at_least(1), help="tokens to plan memory for")
+    guesses = "tokens that the multi-token-prediction block guesses at a time, at most"
     made = command(commands.generate, "continue a text")
     made.add_argument("-p", "--prompt", metavar="TEXT", required=True)
     add_sampling_options(made, count=128)
     add_engine_options(made)
+    add_draft_option(made, guesses)
     made = command(commands.chat, "a conversation, by the file's own template")
     add_sampling_options(made, count=1024)
     add_engine_options(made)
+    add_draft_option(made, guesses)
     made = command(commands.logits, "write logits as a float32 .npy file")
     made.add_argument("--tokens", type=token_ids, required=True, metavar="IDS", help='such as "1 2 3"')
     made.add_argument("-o", dest="output", required=True, metavar="OUT.npy")

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter_ns
 
 import numpy as np
 from tinygrad import Tensor
@@ -19,10 +20,12 @@ from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.gguf import GGUF
 from minillama.ladder import LADDER, NAIVE, ablations
-from minillama.measure import Clocks, Counts, calls_of, time_call
+from minillama.measure import Clocks, Counts, calls_of, synchronize, time_call
+from minillama.quantize import file_format
 from minillama.recipe import Recipe
 from minillama.results import ClockTimes, Model, Result, Row, read_result, write_result
 
+TEXT = "def fibonacci(n):\n"         # drafts are made for a real text: of a random one, few are kept
 SHORT, LONG = 8, 64                 # tokens of a prompt: for the recurrence, and for the chunks
 FEW = 2                             # samples of a recipe that builds its graph every time
 GRID = ("pp1", "pp8", "pp512", "pp2048", "tg32")        # the tests that #19375 published
@@ -51,6 +54,48 @@ def measure_test(engine: Engine, name: str, test: str, repeats: int) -> Row:
     return Row(f"{name} {test}", engine.recipe.names(), tokens, list(timing.samples_ns), times, counts)
 
 
+def measure_drafts(engine: Engine, name: str, test: str, repeats: int) -> Row:
+    """The same with drafts: a prompt together with what the MTP block runs for it, or the greedy rounds of a text that
+    give that many tokens or a few more, all drafts in every round."""
+    tokens, drafter, samples = int(test[2:]), engine.drafter, []
+    prompt = np.random.default_rng(0).integers(0, engine.config.vocab, tokens).tolist()
+
+    def rewind() -> int:
+        engine.clear()
+        return int(engine.feed(engine.tokenizer.encode(TEXT), "greedy").item()) if test.startswith("tg") else 0
+
+    def call(token: int | None) -> list[tuple[int, int]]:
+        """What was run, as values of the graph's variables: (base, last) of each round."""
+        if test.startswith("pp"):
+            engine.feed(prompt).realize()
+            return []
+        done, ran = 0, []
+        while done < tokens:
+            ran.append((drafter.first, engine.position - 1 - drafter.first))
+            done, token = done + len(drafter.run(token, drafter.most, "greedy")), None
+        return ran
+    call(rewind())
+    for _ in range(repeats):
+        token = rewind()
+        synchronize()
+        began = perf_counter_ns()
+        ran = call(token)
+        synchronize()
+        samples.append(perf_counter_ns() - began)
+    token, started = rewind(), engine.position
+    with Clocks() as clocks:
+        call(token)
+    if test.startswith("pp"):
+        found = [calls_of(engine.steps["logits", size], values={"start": 0, "valid": size})
+                 for size in engine.plan(tokens)]
+    else:
+        tokens, step = engine.position - started, engine.steps["round greedy", drafter.most]
+        found = [calls_of(step, values={"base": base, "last": last}) for base, last in ran]
+    counts = sum(map(Counts.of, found), Counts())
+    times = ClockTimes(clocks.build, clocks.compile, clocks.run)
+    return Row(f"{name} {test}", engine.recipe.names(), tokens, samples, times, counts)
+
+
 def tests_of(recipe: Recipe, grid: bool) -> tuple[str, ...]:
     """What a recipe is measured by: the published grid, or a prompt and some tokens (few where graphs are rebuilt)."""
     return GRID if grid else (f"pp{SHORT if recipe.delta == 'recurrent' else LONG}",
@@ -59,8 +104,9 @@ def tests_of(recipe: Recipe, grid: bool) -> tuple[str, ...]:
 
 def recipes(kind: str) -> dict[str, Recipe]:
     """What is measured: for "ladder" all rungs and the first one captured (so that running can be compared with
-    running); for "ablate" the last rung and its ablations; for "copies" the last rung, copies everywhere or none."""
-    last = ablations(LADDER[-1].recipe)
+    running); for "ablate" the last rung and its ablations; for "copies" the last rung without drafts, copies
+    everywhere or none."""
+    last = ablations(LADDER[-1].recipe if kind != "copies" else replace(LADDER[-1].recipe, draft=0))
     if kind != "ladder":
         return last if kind == "ablate" else {"none": last["last"], "everywhere": last["-copies"]}
     return {rung.name: rung.recipe for rung in LADDER} | {"naive, captured": replace(NAIVE, capture="jit")}
@@ -88,10 +134,8 @@ def climb(file: str, kind: str, repeats: int, report: Callable[[str], None]) -> 
                 before = found[row.name].samples_ns if row.name in found else []
                 found[row.name] = replace(row, samples_ns=before + row.samples_ns)
     opened = GGUF(file)
-    formats = [info.format.name for info in opened.tensors.values() if len(info.shape) > 1]
-    format = max(set(formats), key=formats.count)
     config = ModelConfig.from_gguf(opened)
-    return Result.here(kind, Model(config.name, format, config.layers), list(found.values()))
+    return Result.here(kind, Model(config.name, file_format(opened), config.layers), list(found.values()))
 
 
 def table(result: Result) -> str:
@@ -123,7 +167,8 @@ def main(made: str) -> None:
     """One recipe, for `in_own_process`: rows as JSON on the last line of stdout."""
     asked = json.loads(made)
     engine = Engine.load(asked["file"], Recipe(**asked["recipe"]), context=2048)
-    rows = [measure_test(engine, asked["name"], test, asked["repeats"]) for test in asked["tests"]]
+    measure = measure_drafts if engine.drafter else measure_test
+    rows = [measure(engine, asked["name"], test, asked["repeats"]) for test in asked["tests"]]
     print(json.dumps([asdict(row) for row in rows]))
 
 

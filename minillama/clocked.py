@@ -11,13 +11,13 @@ class ClockedEngine(Engine):
     its kernels. Later calls are left alone. All times in nanoseconds."""
     build = compile = aside = 0     # aside: build, compile and what the clocks themselves took
 
-    def step(self, kind, ids, *rest):
-        """As `Engine.step`."""
-        if (kind, ids.shape[0]) in self.steps:
-            return super().step(kind, ids, *rest)
+    def call(self, key, run, *given):
+        """As `Engine.call`."""
+        if key in self.steps:
+            return super().call(key, run, *given)
         began = time.perf_counter_ns()
         with Clocks() as clocks:
-            out = super().step(kind, ids, *rest)
+            out = super().call(key, run, *given)
         self.build, self.compile = self.build + clocks.build, self.compile + clocks.compile
         self.aside += time.perf_counter_ns() - began - clocks.run
         return out
@@ -51,6 +51,12 @@ class Report:
         seconds = [value / 1e9 for value in (self.loaded, self.engine.build, self.engine.compile, self.first)]
         rates = [f"{name:<12}{tokens} tokens in {spent / 1e9:.2f} s, {tokens / spent * 1e9:,.1f} tokens/s"
                  for name, (tokens, spent) in (("prompt", self.prompt), ("generation", self.generation)) if tokens]
+        pace = self.engine.drafter.pace if self.engine.drafter else None
+        if pace and sum(pace.drafted):
+            places = zip(pace.accepted, pace.drafted, strict=True)
+            kept = ", ".join(f"{kept} of {seen}" for kept, seen in places if seen)
+            rates.append(f"{'drafts':<12}kept at each place: {kept}; {pace.rounds} rounds, of these "
+                         f"{pace.without} without drafts")
         return [f"{'loading':<12}{seconds[0]:.2f} s",
                 f"{'setting up':<12}building {seconds[1]:.2f} s, compiling {seconds[2]:.2f} s", *rates,
                 f"{'first token':<12}{seconds[3]:.2f} s after the start"]

@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,10 @@ def load_engine(args: Namespace, config: ModelConfig, ids: list[int] | None = No
     from minillama.engine import CONTEXT
     from minillama.ladder import read_recipe
     recipe, context = read_recipe(args.recipe), args.context or min(CONTEXT, config.context)
+    if getattr(args, "draft", None) is not None:
+        recipe = replace(recipe, draft=args.draft)
+    if recipe.draft and not config.mtp_blocks:
+        raise ValueError(f"{args.file}: this model has no multi-token-prediction block to draft with")
     if context > config.context:
         raise ValueError(f"--context {context} is more than the {config.context} tokens the model was made for")
     if ids is not None:

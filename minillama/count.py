@@ -9,11 +9,10 @@ comes back to it. A batch of 512 tokens that gathers 10 experts each reads 5,120
 that there are, as if a cache held whatever is read again. *Ideal* stands beside it: each weight once (of the experts
 those that can have been picked), each state read and written once, each logit written, and nothing in between.
 
-A kernel belongs to the last part, in the flow of data, whose weights or state it touches or whose work it goes on
-with.
+With an MTP block, a batch counts what `mtp_prefill` runs of it, and one token counts the block in full: a draft.
 """
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 
 from rich import box
@@ -23,46 +22,18 @@ from tinygrad import Context, Tensor, TinyJit, UOp, dtypes
 from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.layers import linear
-from minillama.measure import Call, Counts, calls_of
-from minillama.model import Place, forward_mtp, run_layer
+from minillama.marks import Marks, Part
+from minillama.measure import Call, Counts
+from minillama.model import Place, forward_mtp, norm_of, run_layer
+from minillama.mtp import kv_rows, remember_tokens
 from minillama.recipe import Recipe
 from minillama.results import read_results
 from minillama.roofline import Roofline, from_result
-from minillama.shapes import RandomWeights, check_format, tensors_of, unfilled
-from minillama.state import DeltaRings, DeltaState, KVCache
+from minillama.shapes import RandomWeights, check_format, unfilled
+from minillama.state import KVChain, after
 from minillama.units import in_units
-from minillama.weights import AttentionWeights, LayerWeights, MTPWeights, Weight
 
-ORDER = ("embedding", "norm", "MTP input", "projections", "convolution", "delta rule", "attention",
-         "output projection", "router", "shared expert", "experts", "head")
 NAMES = {True: "Gated DeltaNet", False: "gated attention"}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A buffer by which the kernels of a part are known. `then`: the part that goes on with what they leave behind.
-    `bytes` and `ops`: what a step must move of the buffer and do with it, if nothing is wasted."""
-    part: str
-    then: str
-    bytes: float = 0.0
-    ops: float = 0.0
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the model: what it runs, in one layer, and what would do."""
-    name: str
-    calls: tuple[Call, ...]
-    ideal_bytes: int
-    ideal_ops: int
-
-    @property
-    def counts(self) -> Counts:
-        return Counts.of(list(self.calls))
-
-    def seconds(self, roof: Roofline) -> float:
-        """The least time that a machine could take for these kernels, one after the other."""
-        return sum(roof.seconds(call.bytes, call.ops, call.kind == "kernel") for call in self.calls)
 
 
 @dataclass(frozen=True)
@@ -76,93 +47,6 @@ class Group:
     def counts(self) -> Counts:
         total = sum((part.counts for part in self.parts), Counts())
         return Counts(*(value * self.times for value in astuple(total)))
-
-
-# ---- which kernel belongs where -----------------------------------------------------------------------------------
-
-
-class Marks(dict[UOp, Mark]):
-    """Marked buffers of what a step of `tokens` tokens at position `depth` touches."""
-
-    def __init__(self, config: ModelConfig, tokens: int, depth: int, logits: int = 1):
-        self.config, self.tokens, self.depth, self.logits = config, tokens, depth, logits
-
-    def weight(self, part: str, then: str, *tensors: Weight, picked: float = 1.0, share: float = 1.0) -> None:
-        """Weights that are read once, but only the part `picked`; each token is multiplied by a `share` of them."""
-        for weight in tensors:
-            ops = 2 * weight.numel() * share * self.tokens if len(weight.shape) > 1 else 0
-            for tensor in tensors_of(weight):
-                self[tensor.uop.base] = Mark(part, then, tensor.nbytes() * picked, ops)
-                ops = 0
-
-    def layer(self, w: LayerWeights, state: DeltaState | DeltaRings | KVCache) -> "Marks":
-        used = self.config.experts_used / self.config.experts
-        picked = min(1.0, self.tokens * used)
-        self.weight("norm", "norm", w.norm, w.post_norm)
-        if isinstance(w.mixer, AttentionWeights):
-            self.weight("projections", "attention", *w.mixer.inputs)
-            self.weight("attention", "attention", w.mixer.q_norm, w.mixer.k_norm)
-            for cache in state.tensors():       # the rows before are read, the new ones written
-                rows = (self.depth + self.tokens) / cache.shape[0]
-                self[cache.uop.base] = Mark("attention", "attention", cache.nbytes() * rows)
-        else:
-            self.weight("projections", "convolution", *w.mixer.inputs)
-            self.weight("convolution", "delta rule", w.mixer.conv)
-            self.weight("delta rule", "delta rule", w.mixer.dt_bias, w.mixer.a, w.mixer.norm)
-            for tensor, part in zip(state.tensors(), ("convolution", "delta rule"), strict=True):
-                bytes = 2 * tensor.nbytes() if isinstance(state, DeltaState) else self.of_ring(part, tensor)
-                self[tensor.uop.base] = Mark(part, part, bytes)
-        self.weight("output projection", "norm", w.mixer.out)
-        self.weight("router", "router", w.experts.router)
-        self.weight("shared expert", "shared expert", w.experts.shared_gate, *w.experts.shared_inputs,
-                    w.experts.shared_down)
-        self.weight("experts", "experts", *w.experts.gate_up, picked=picked, share=used)
-        self.weight("experts", "norm", w.experts.down, picked=picked, share=used)
-        return self
-
-    def of_ring(self, part: str, ring: Tensor) -> int:
-        """Bytes that a step must move of a ring: it reads the last rows, and writes a row for each of its tokens."""
-        read, written = (self.config.conv_width - 1, min(self.tokens, self.config.conv_width - 1)
-                         ) if part == "convolution" else (1, 1)
-        return (read + written) * ring.nbytes() // ring.shape[0]
-
-    def mtp(self, w: MTPWeights, state: KVCache) -> "Marks":
-        self.layer(w.layer, state)
-        self.weight("norm", "norm", w.embed_norm, w.hidden_norm, w.out_norm)
-        self.weight("MTP input", "norm", w.project)
-        return self.ends(w.embed, w.head)
-
-    def ends(self, embed: Weight, head: Weight) -> "Marks":
-        rows = self.logits
-        for tensor in tensors_of(embed):
-            self[tensor.uop.base] = Mark("embedding", "norm", self.tokens * tensor.nbytes() / embed.shape[0])
-        written, ops = rows * head.shape[0] * 4, 2 * rows * head.numel()
-        for tensor in tensors_of(head):
-            self[tensor.uop.base] = Mark("head", "head", tensor.nbytes() + written, ops)
-            written = ops = 0
-        return self
-
-    def named(self, replay: TinyJit) -> list[tuple[Call, str]]:
-        """The captured step's kernels in order, each with the part of the model that it belongs to."""
-        calls = calls_of(replay, values={"start": self.depth, "valid": self.tokens})
-        found: list[tuple[Call, str]] = []
-        behind: dict[UOp, str] = {}             # buffer -> the part of whoever goes on with its present contents
-        for call, uop in zip(calls, replay.captured.linear.src, strict=True):
-            touched = [self[buffer.base] for buffer in uop.src[1:] if buffer.base in self]
-            left = [Mark(behind[buffer], behind[buffer]) for buffer in uop.src[2:] if buffer in behind]
-            mark = max([*touched, *left], key=lambda mark: ORDER.index(mark.part), default=Mark("norm", "norm"))
-            found.append((call, mark.part))
-            behind[uop.src[1]] = mark.then      # a kernel's first buffer is its output
-        return found
-
-    def parts(self, replay: TinyJit) -> Iterator[Part]:
-        """The captured step's kernels, sorted; parts that have neither kernels nor marks are left out."""
-        named = self.named(replay)
-        for name in ORDER:
-            own = tuple(call for call, part in named if part == name)
-            marks = [mark for mark in self.values() if mark.part == name]
-            if own or marks:
-                yield Part(name, own, round(sum(m.bytes for m in marks)), round(sum(m.ops for m in marks)))
 
 
 # ---- what is captured ---------------------------------------------------------------------------------------------
@@ -193,17 +77,29 @@ def count_layer(engine: Engine, index: int, tokens: int, depth: int) -> tuple[Pa
 
 
 def count_mtp(engine: Engine, tokens: int, depth: int) -> tuple[Part, ...]:
-    """The MTP block on a batch whose hidden states are there, and its logits after the last token."""
-    w, c = engine.weights, engine.config
+    """The MTP block on a batch whose hidden states are there. One token: a draft, with its logits. More: a prompt's
+    part, by the recipe, which needs none."""
+    w, c, recipe, state = engine.weights, engine.config, engine.recipe, engine.state.mtp
+    kv = kv_rows(w.mtp.layer.mixer, c) if tokens > 1 and recipe.mtp_prefill == "kv" else ()
 
     def run(ids: Tensor, hidden: Tensor, start: UOp, valid: UOp | None, position: Tensor, end: Tensor) -> Tensor:
         at = Place(tokens, start, valid, position, end)
-        out = forward_mtp(ids, hidden, w, c, engine.recipe, engine.state, engine.table, at)
-        last = tokens - 1 if valid is None else valid - 1
-        return linear(out[last].contiguous(), w.mtp.head).realize()
+        if kv:
+            cache = KVChain(*state.tensors())
+            remember_tokens(ids, hidden, w.mtp, kv, c, engine.table, at, cache, norm_of(recipe))
+            return after(position, cache.keys, cache.values).realize()
+        out = forward_mtp(ids, hidden, w, c, recipe, state, engine.table, at)
+        return (linear(out, w.mtp.head) if tokens == 1 else after(out)).realize()
     inputs = (Tensor.empty(tokens, dtype=dtypes.int32), Tensor.empty(tokens, c.hidden))
     replay = captured(run, *(tensor.realize() for tensor in inputs), *bound(engine, tokens, depth))
-    return tuple(Marks(c, tokens, depth).mtp(w.mtp, engine.state.mtp).parts(replay))
+    marks = Marks(c, tokens, depth, int(tokens == 1))
+    return tuple((marks.mtp_keys(w.mtp, kv, state) if kv else marks.mtp(w.mtp, state)).parts(replay))
+
+
+def to_host(config: ModelConfig, recipe: Recipe, tokens: int) -> int:
+    """Bytes that a step sends to the host: logits of all tokens, as llama.cpp before #23198, or one token id."""
+    every = config.mtp_blocks and tokens > 1 and recipe.mtp_prefill == "logits"
+    return tokens * config.vocab * 4 if every else 4
 
 
 def count_ends(engine: Engine, layers: list[Group], tokens: int, depth: int) -> tuple[Part, ...]:
@@ -239,7 +135,9 @@ def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, de
     if depth + tokens > config.context:
         raise ValueError(f"{depth + tokens} tokens do not fit into the model's context of {config.context}")
     with Context(DEV="NULL", JIT=2):            # JIT=2 leaves the calls one by one
-        small, recipe = one_of_each(config), replace(recipe, capture="jit")
+        small, recipe = one_of_each(config), replace(recipe, capture="jit", draft=0)
+        if to_host(config, recipe, tokens) > 4:
+            recipe = replace(recipe, logits="all")
         packed = recipe.weights == "packed"
         weights = RandomWeights(small, check_format(format, packed), recipe.projections == "fused", packed,
                                 unfilled()).model()

@@ -17,14 +17,15 @@ from minillama.layers import linear, rope_table
 from minillama.model import Place, forward, forward_mtp, place_of
 from minillama.recipe import LOADED, Recipe
 from minillama.sampling import Sampler
-from minillama.state import State
+from minillama.speculate import Drafter
+from minillama.state import State, after
 from minillama.tokenizer import Tokenizer
 from minillama.weights import ModelWeights, load_weights
 
 program_cache.install()
 BATCHES = (512, 64, 8, 1)
 CONTEXT = 4096
-SLOTS = 2           # of a ring of memories: the one that a token reads, the one that it writes
+SLOTS = 2           # of a ring of memories: the one that a token reads, the one that it writes; and one for each draft
 
 
 def put(tensor: Tensor, values: np.ndarray) -> Tensor:
@@ -34,6 +35,11 @@ def put(tensor: Tensor, values: np.ndarray) -> Tensor:
     Device[buffer.device].synchronize()
     buffer.allocator._copyin(buffer._buf, memoryview(values).cast("B"))
     return tensor
+
+
+def padded(ids: list[int], size: int) -> np.ndarray:
+    """ids as (size,) int32, 0 behind them."""
+    return np.array(ids + [0] * (size - len(ids)), dtype=np.int32)
 
 
 class ContextError(ValueError):
@@ -48,13 +54,15 @@ class Engine:
                  batches: tuple[int, ...] = BATCHES):
         self.weights, self.config, self.recipe, self.tokenizer = weights, config, recipe, tokenizer
         self.context, self.device, self.batches = min(context, config.context), device, batches
-        positions = self.context + max(batches)     # a padded last batch may overrun the context
-        self.state = State.zeros(config, positions, device, SLOTS if recipe.delta == "fused" else 0)
+        positions = self.context + max(*batches, 2 * SLOTS + 2 * recipe.draft)  # a last batch may overrun the context
+        self.state = State.zeros(config, positions, device, SLOTS + recipe.draft if recipe.delta == "fused" else 0)
         self.table = rope_table(positions, config.rope_dim, config.rope_base, device)
         self.start = UOp.variable("start", 0, self.context)
-        self.steps: dict[tuple[str, int], Callable] = {}
-        self.inputs: dict[int, Tensor] = {}         # ids by the size of their batch
+        self.steps: dict[tuple[str, int], Callable] = {}        # by what they do and the size of their batch
+        self.inputs: dict[tuple[str, int], Tensor] = {}     # of steps, by name and size
+        self.outputs: list[Tensor] = []             # what a step gives beside its result
         self.position = 0                           # tokens in the state
+        self.drafter = Drafter(self) if recipe.draft else None
 
     @classmethod
     def load(cls, path: str | Path, recipe: Recipe = Recipe(), *, context: int = CONTEXT, device: str | None = None,
@@ -81,6 +89,8 @@ class Engine:
         """Forget the text."""
         self.state.clear()
         self.position = 0
+        if self.drafter:
+            self.drafter.clear()
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -88,47 +98,63 @@ class Engine:
         """The model on one batch: ids (tokens,) -> hidden states after the last norm (tokens, hidden)."""
         return forward(ids, self.weights, self.config, self.recipe, self.state, self.table, at)
 
-    def last_logits(self, ids: Tensor, at: Place) -> Tensor:
-        """Logits after the batch's last token, (vocab,): the head runs for that row, or for all (recipe.logits)."""
-        hidden = self.hidden(ids, at)
+    def last_logits(self, hidden: Tensor, at: Place) -> tuple[Tensor, ...]:
+        """Logits after the batch's last token, (vocab,): the head runs for that row, or for all (recipe.logits). Then
+        those of all tokens, (tokens, vocab), where they go to the host (recipe.mtp_prefill)."""
         if at.tokens == 1:
-            return linear(hidden, self.weights.head).reshape(-1)
+            return (linear(hidden, self.weights.head).reshape(-1),)
         last = (at.tokens if at.valid is None else at.valid) - 1
-        if self.recipe.logits == "all":
-            return linear(hidden, self.weights.head).contiguous()[last].contiguous()
-        return linear(hidden[last].contiguous(), self.weights.head)
+        to_host = self.drafter is not None and self.recipe.mtp_prefill == "logits"
+        if self.recipe.logits == "all" or to_host:
+            every = linear(hidden, self.weights.head).contiguous()
+            return every[last].contiguous(), *([every] if to_host else [])
+        return (linear(hidden[last].contiguous(), self.weights.head),)
 
-    def _run(self, kind: str, ids: Tensor, at: Place, *more: Tensor) -> Tensor:
+    def _run(self, kind: str, ids: Tensor, at: Place, *more: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.hidden(ids, at)
         if kind == "every":
-            return linear(self.hidden(ids, at), self.weights.head).contiguous()
+            return (linear(hidden, self.weights.head).contiguous(),)
         if kind == "mtp":
-            hidden = self.hidden(ids, at)
-            return forward_mtp(more[0], hidden, self.weights, self.config, self.recipe, self.state, self.table, at)
-        logits = self.last_logits(ids, at)
+            mtp = self.state.mtp
+            return (forward_mtp(more[0], hidden, self.weights, self.config, self.recipe, mtp, self.table, at),)
+        logits, *every = self.last_logits(hidden, at)
+        if self.drafter:
+            following, *more = more
+            logits = after(logits, *self.drafter.follow(following, hidden, at))
         if kind == "greedy":
-            return sampling.greedy(logits)
-        if kind == "sampled":
+            logits = sampling.greedy(logits)
+        elif kind == "sampled":
             uniform, *settings = more
-            return sampling.draw(sampling.cut(logits, *settings), uniform)
-        return logits if isinstance(self.weights.head, Packed) else logits.contiguous()
+            logits = sampling.draw(sampling.cut(logits, *settings), uniform)
+        elif not isinstance(self.weights.head, Packed):
+            logits = logits.contiguous()
+        return logits, *every
 
     def step(self, kind: str, ids: Tensor, start: int, valid: int, *more: Tensor) -> Tensor:
         """Run a batch through the step of that kind and size; the first call captures it. Size one has no padding."""
         size = ids.shape[0]
-        key = kind, size
+
+        def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], given: list[Tensor],
+                ) -> tuple[Tensor, ...]:
+            at = Place(size, start, valid, *given, True) if given else place_of(ids, start, valid)
+            out = self._run(kind, ids, at, *more)
+            Tensor.realize(*out)
+            return out
+        bound = UOp.variable("valid", 1, size).bind(valid) if size > 1 else None
+        given = [self.input(name, np.array([place], dtype=np.int32))
+                 for name, place in (("start", start), ("end", start + valid))
+                 ] if self.recipe.capture == "prune" else []
+        out, *self.outputs = self.call((kind, size), run, ids, self.start.bind(start), bound, more, given)
+        return out
+
+    def call(self, key: tuple[str, int], run: Callable, *given):
+        """Run what was captured under a key: `run` itself, at the first call, which must realize its result."""
         if key not in self.steps:
-            def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], given: list[Tensor],
-                    ) -> Tensor:
-                at = Place(size, start, valid, *given, True) if given else place_of(ids, start, valid)
-                return self._run(kind, ids, at, *more).realize()
             if self.recipe.capture != "eager":
                 run = TinyJit(run, prune=self.recipe.capture == "prune")
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
-        bound = UOp.variable("valid", 1, size).bind(valid) if size > 1 else None
-        given = [Tensor([place], dtype=dtypes.int32, device=self.device).realize() for place in (start, start + valid)
-                 ] if self.recipe.capture == "prune" else []
-        return self.steps[key](ids, self.start.bind(start), bound, more, given)
+        return self.steps[key](*given)
 
     # ---- a text ---------------------------------------------------------------------------------------------------
 
@@ -160,20 +186,34 @@ class Engine:
         at = 0
         for size in self.plan(len(ids)):
             part = ids[at:at + size]
-            padded = np.zeros(size, dtype=np.int32)
-            padded[:len(part)] = part
-            if size not in self.inputs:
-                self.inputs[size] = Tensor(padded, device=self.device).realize()
-            yield put(self.inputs[size], padded), self.position, len(part), at
+            yield self.input("ids", padded(part, size)), self.position, len(part), at
             at += len(part)
             self.position += len(part)
 
+    def input(self, name: str, values: np.ndarray) -> Tensor:
+        """Values for a step, in the tensor of that name and size: making one anew takes milliseconds of Python."""
+        key = name, len(values)
+        if key not in self.inputs:
+            self.inputs[key] = Tensor(values, device=self.device).realize()
+        return put(self.inputs[key], values)
+
     def feed(self, ids: Iterable[int], kind: str = "logits", *more: Tensor) -> Tensor:
         """Lengthen the text by ids; returns what the last batch's step of that kind gives."""
-        out = None
-        for batch, start, valid, _ in self.batches_of(self._check(ids)):
-            out = self.step(kind, batch, start, valid, *more)
+        ids, out = self._check(ids), None
+        if self.drafter:
+            self.drafter.before_prompt(ids[0])
+        for batch, start, valid, at in self.batches_of(ids):
+            following = [self._following(ids, at, batch, valid)] if self.drafter else []
+            out = self.step(kind, batch, start, valid, *following, *more)
+            for every in self.outputs:      # as llama.cpp copied them before #23198, though nobody reads them
+                every.numpy()
+        if self.drafter:
+            self.drafter.after_prompt()
         return out
+
+    def _following(self, ids: list[int], at: int, batch: Tensor, valid: int) -> Tensor:
+        """What the MTP block reads with a batch of ids from `at` on: each one's successor, 0 where there is none."""
+        return self.input("following", padded(ids[at + 1:at + 1 + valid], batch.shape[0]))
 
     def logits(self, ids: Iterable[int]) -> np.ndarray:
         """Logits after the last of ids, (vocab,) float32."""
@@ -192,11 +232,8 @@ class Engine:
         if len(ids) < 2:
             raise ValueError("the multi-token-prediction block needs at least two tokens")
         for batch, start, valid, at in self.batches_of(ids):
-            ahead = np.zeros(batch.shape[0], dtype=np.int32)
-            following = ids[at + 1:at + 1 + valid]
-            ahead[:len(following)] = following
-            out = self.step("mtp", batch, start, valid, Tensor(ahead, device=self.device).realize())
-            rows.append(out.numpy()[:len(following)])
+            out = self.step("mtp", batch, start, valid, self._following(ids, at, batch, valid))
+            rows.append(out.numpy()[:min(valid, len(ids) - 1 - at)])
         return np.concatenate(rows)
 
     def mtp_logits(self, ids: Iterable[int]) -> np.ndarray:
@@ -204,8 +241,13 @@ class Engine:
         hidden = Tensor(self.mtp_hidden(ids), device=self.device)
         return linear(hidden, self.weights.mtp.head).numpy()
 
-    def generate(self, ids: Iterable[int], count: int, sampler: Sampler = Sampler()) -> Iterator[int]:
-        """Feed ids, then yield up to `count` new ids. The last one yielded is not yet part of the state."""
+    def generate(self, ids: Iterable[int], count: int, sampler: Sampler = Sampler(), adapt: bool = True,
+                 ) -> Iterator[int]:
+        """Feed ids, then yield up to `count` new ids. The last one yielded is not yet part of the state.
+
+        With drafts a greedy text is the same. A sampled one follows the same distribution, but a seed fixes it only
+        with `adapt=False`: always as many drafts as the recipe says, also where they do not pay.
+        """
         ids = self._check(ids)
         kind = "greedy" if sampler.greedy else "sampled"
         settings = [] if sampler.greedy else [
@@ -214,11 +256,18 @@ class Engine:
         uniforms = iter(sampler.draws(count, 0))
 
         def more() -> list[Tensor]:
-            return [] if sampler.greedy else [Tensor([next(uniforms)], device=self.device).realize(), *settings]
+            return [] if sampler.greedy else [
+                self.input("uniforms", np.array([next(uniforms)], dtype=np.float32)), *settings]
         token = self.feed(ids, kind, *more()) if count else None
+        if self.drafter and count:
+            yield (first := int(token.item()))
+            if self.position < self.context:
+                yield from self.drafter.generate(first, count - 1, sampler, settings, adapt)
+            return
         for index in range(count):
-            yield int(token.item())
+            yield (value := int(token.item()))
             if index + 1 == count or self.position == self.context:
                 return
-            token = self.step(kind, token, self.position, 1, *more())
+            # not `token` itself: an input that a graph also writes is copied first, which takes longer than this
+            token = self.step(kind, self.input("ids", padded([value], 1)), self.position, 1, *more())
             self.position += 1

@@ -30,7 +30,7 @@ class Rung:
 
 
 NAIVE = Recipe(delta="recurrent", experts="dense", copies="everywhere", capture="eager", logits="all",
-               projections="separate", weights="float")
+               projections="separate", weights="float", mtp_prefill="logits")
 
 STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("naive", "07", "llama.cpp #16095: correctness only", {}, Ledger(
@@ -63,9 +63,13 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("pruned", "10", "constants computed once", {"capture": "prune"}, Ledger(
         "every kernel that depends on a token, a position or a state is replayed",
         "kernels that depend on weights alone run once, at capture", "graphs that prepare weights in every step",
-        "graphs without such kernels, as ours today; on CUDA it was slower, perhaps since every state is an input "
-        "there, and inputs are set anew at each replay (not looked into yet)", "`capture=jit`",
+        "graphs without such kernels, as ours today; in the stored run on CUDA it was slower, when every state was an "
+        "input, and inputs are set anew at each replay (not measured there since)", "`capture=jit`",
         "a position or a state that is no input is frozen without a word: compare at several positions")),
+    ("unpruned", "10", "what does not pay goes back", {"capture": "jit"}, Ledger(
+        "the logits are the same", "on CUDA no input has to be set anew at each replay", "on CUDA",
+        "a graph that prepares weights in every step, which ours does not", "`capture=prune`",
+        "a rung up that takes something back looks like progress: compare it with the rung before `pruned` as well")),
     ("fused-projections", "11", "one product per input, not one per weight", {"projections": "fused"}, Ledger(
         "rows of a product do not know of each other", "x is read once, and one kernel starts where four did",
         "decoding small models, where kernels are short", "batches, if slicing the result costs a copy",
@@ -86,6 +90,21 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "tokens that picked the same expert share one reading of it", "prompts",
         "short batches: tiles are mostly padding; 64 tokens of the shipped model on a CPU", "`experts=gathered`",
         "random tokens spread over the experts more evenly than text does")),
+    ("draft", "14", "#22673: the MTP block guesses, the model verifies", {"draft": 3}, Ledger(
+        "a greedy text stays the same, token by token; a sampled one keeps its distribution",
+        "one pass of the model over a few tokens costs less than as many passes, where reading weights is what costs",
+        "decoding on a GPU, with text that is easy to guess",
+        "where a token more costs a pass more (a CPU), and where drafts are rejected; every prompt pays for the block",
+        "`draft=0`", "random weights accept nothing, a text that repeats itself accepts everything: say which text")),
+    ("mtp-hidden", "16", "#23198: the block needs hidden states, not logits", {"mtp_prefill": "hidden"}, Ledger(
+        "the drafts after a prompt are the same", "the head runs for one row, and no logits travel to the host",
+        "prompts with drafting on, large vocabularies", "nowhere", "`mtp_prefill=logits`",
+        "with a small vocabulary, or where host and device share memory, there is little to save")),
+    ("mtp-kv", "16", "of a prompt token only keys and values are ever read", {"mtp_prefill": "kv"}, Ledger(
+        "the block's cache and the drafts after a prompt are the same",
+        "no query, no attention, no experts for tokens that the block does not guess after",
+        "prompts with drafting on", "nowhere for one block; stacked blocks would need more rows",
+        "`mtp_prefill=hidden`", "a short prompt is one padded batch: the saving drowns in what the batch costs")),
 ]
 
 
@@ -112,8 +131,11 @@ def read_recipe(text: str) -> Recipe:
 def ablations(last: Recipe) -> dict[str, Recipe]:
     """A recipe as "last", and it with one field at a time put back to the naive one; names are "-field".
 
-    `delta` is put back too, though prompts then take very long graphs: measure it with a short prompt.
+    `delta` is put back too, though prompts then take very long graphs: measure it with a short prompt. Drafts go where
+    a field is put back that they need.
     """
-    back = {f"-{field.name}": replace(last, **{field.name: getattr(NAIVE, field.name)}) for field in fields(Recipe)
-            if getattr(last, field.name) != getattr(NAIVE, field.name)}
+    back = {}
+    for name in (field.name for field in fields(Recipe) if getattr(last, field.name) != getattr(NAIVE, field.name)):
+        plain = {"draft": 0} if name == "delta" else {}
+        back[f"-{name}"] = replace(last, **plain | {name: getattr(NAIVE, name)})
     return {"last": last} | back

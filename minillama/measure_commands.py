@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 
 DEFAULT_FORMAT = {True: "Q4_0", False: "F16"}       # of random weights: packed, plain
 
@@ -40,6 +41,16 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number above 0")
 
 
+def probability(text: str) -> float:
+    """An argument's type: a number from 0 to 1."""
+    try:
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number from 0 to 1")
+
+
 def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=one(1), metavar="N", help="as many layers, in the model's pattern")
     parser.add_argument("--format", help="of the random weights (default: Q4_0, or F16 with weights=float)")
@@ -64,6 +75,9 @@ def add_parsers(kinds: argparse._SubParsersAction) -> None:
                        help="a prompt and a generation timed together; may be repeated")
     bench.add_argument("-d", "--n-depth", type=numbers(0), default=[0], help=f"tokens before (default: 0); {many}")
     bench.add_argument("-ub", "--ubatch-size", type=numbers(1), default=[512], help=f"default: 512; {many}")
+    bench.add_argument("--draft", type=one(0), metavar="N", help="tokens that the MTP block guesses at a time: 0 to 4")
+    bench.add_argument("--accept", type=probability, metavar="P",
+                       help="simulate, for the speed alone, that a draft is kept with this probability")
     bench.add_argument("-r", "--repetitions", type=one(1), default=5, help="default: 5")
     bench.add_argument("-o", "--output", choices=("md", "csv", "json", "jsonl"), default="md", help="default: md")
     bench.add_argument("--save", action="store_true", help="keep the result in data/results/local/")
@@ -91,31 +105,27 @@ def bench_weights(args: Namespace, recipe, trials: list):
     from minillama.results import Model
     fused, packed = recipe.projections == "fused", recipe.weights == "packed"
     if args.shape:
-        config, format = shapes.shape_config(args.shape, args.layers, args.mtp), args.format or DEFAULT_FORMAT[packed]
-        bench.check_room(trials, config)
+        config = shapes.shape_config(args.shape, args.layers, args.mtp or recipe.draft > 0)
+        format = args.format or DEFAULT_FORMAT[packed]
+        bench.check_room(trials, config, recipe.draft)
         weights = shapes.random_weights(config, format, fused, packed, progress=with_layer_bar)
         whole = shapes.shape_config(args.shape).layers
         name = args.shape if config.layers == whole else f"{args.shape} {config.layers} of {whole} layers"
         model, parameters = Model(name, format, config.layers), shapes.parameters(config)
     else:
         from minillama.gguf import GGUF
+        from minillama.quantize import file_format
         from minillama.weights import load_weights
         config, _ = open_model(args.model)
-        bench.check_room(trials, config)
+        if recipe.draft and not config.mtp_blocks:
+            raise ValueError(f"{args.model}: this model has no multi-token-prediction block to draft with")
+        bench.check_room(trials, config, recipe.draft)
         file = GGUF(args.model)
         weights = load_weights(file, config, fused, packed, progress=with_layer_bar)
         model = Model(config.name, file_format(file), config.layers)
         parameters = shapes.parameters(config, file.tensors)
     size, batches = shapes.weight_bytes(weights), tuple(args.ubatch_size)
     return weights, config, bench.Subject(args.model or "", model, size, parameters, batches)
-
-
-def file_format(file) -> str:
-    """The format that holds most of a file's bytes."""
-    sizes: dict[str, int] = {}
-    for tensor in file.tensors.values():
-        sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
-    return max(sizes, key=sizes.get)
 
 
 def run_bench(args: Namespace) -> None:
@@ -129,6 +139,9 @@ def run_bench(args: Namespace) -> None:
     from minillama.recipe import Recipe
     from minillama.results import write_result
     recipe = Recipe.parse(args.recipe)
+    recipe = recipe if args.draft is None else replace(recipe, draft=args.draft)
+    if args.accept is not None and not recipe.draft:
+        raise ValueError("--accept says how many drafts are kept: it goes with --draft 1 to 4")
     trials = bench.trials(args.n_prompt, args.n_gen, args.pg, args.n_depth)
     if not trials:
         raise ValueError("there is nothing to measure: give -p, -n or -pg a number above 0")
@@ -138,7 +151,7 @@ def run_bench(args: Namespace) -> None:
     done = []
 
     def watched():
-        for m in bench.measure(weights, config, recipe, trials, subject.batches, args.repetitions):
+        for m in bench.measure(weights, config, recipe, trials, subject.batches, args.repetitions, args.accept):
             done.append(m)
             say(f"{m.test.name}: set up before the first sample: building {m.clocks.build / 1e9:.2f} s, "
                 f"compiling {m.clocks.compile / 1e9:.2f} s")
@@ -160,6 +173,7 @@ def run_count(args: Namespace) -> None:
     from minillama import count
     from minillama.recipe import Recipe
     from minillama.shapes import check_format, parameters, shape_config
+    from minillama.units import in_units
     config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
     packed = recipe.weights == "packed"
     format = check_format(args.format or DEFAULT_FORMAT[packed], packed)
@@ -171,11 +185,13 @@ def run_count(args: Namespace) -> None:
     for tokens, title in steps:
         with console.status(f"building {title}"):
             groups = count.count_step(config, recipe, format, tokens, args.n_depth)
+        sent = count.to_host(config, recipe, tokens)
         if args.output == "json":
-            records.append({"tokens": tokens, "depth": args.n_depth} | count.as_record(groups, roof))
+            records.append({"tokens": tokens, "depth": args.n_depth, "bytes_to_host": sent}
+                           | count.as_record(groups, roof))
         else:
             Console(highlight=False).print(count.as_table(title, groups, roof))
-            print(*count.summary(groups, tokens, roof), sep="\n")
+            print(*count.summary(groups, tokens, roof), f"to the host: {in_units(sent, 'B')}", sep="\n")
     if args.output == "json":
         print(json.dumps({"model": args.shape, "layers": config.layers, "format": format, "mtp": args.mtp,
                           "parameters": parameters(config), "recipe": recipe.names(),

@@ -1,4 +1,5 @@
 """The stack of layers: token ids in, hidden states out; the state is read and written on the way."""
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, UOp, dtypes, function
@@ -9,9 +10,9 @@ from minillama.experts import experts_layer, few_tokens
 from minillama.kernels import ring
 from minillama.kernels.norm import rms_norm as kernel_norm
 from minillama.layers import FEW, lookup, rms_norm
-from minillama.mtp import mtp_block
+from minillama.mtp import mtp_input
 from minillama.recipe import Recipe
-from minillama.state import DeltaRings, DeltaState, KVCache, State, after, stored
+from minillama.state import DeltaRings, DeltaState, KVCache, KVChain, State, after, stored
 from minillama.weights import LayerWeights, ModelWeights
 
 
@@ -51,6 +52,11 @@ def place_of(ids: Tensor, start: int | UOp, valid: int | UOp | None) -> Place:
     return Place(tokens, start, valid, tensor(start), tensor(start + (tokens if valid is None else valid)))
 
 
+def norm_of(recipe: Recipe) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """The form of the RMS norm."""
+    return kernel_norm if recipe.weights == "packed" else rms_norm
+
+
 def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | DeltaRings | KVCache,
         table: Tensor, at: Place, residual: Tensor, few: bool = False) -> Tensor:
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
@@ -86,24 +92,25 @@ def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
     written by hand are scheduled quickly as they are, and a function would copy its last result.
     """
     packed = recipe.weights == "packed"
-    norm = kernel_norm if packed else rms_norm
+    norm = norm_of(recipe)
     few = packed and x.shape[0] <= FEW and recipe.experts in ("gathered", "grouped")
     if few:
         h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, at, x, few)
         return few_tokens(norm(h, w.post_norm, config.norm_eps), w.experts, config, h)
 
-    @function(precompile=True, allow_implicit=True)
     def layer(x: Tensor, start: int | UOp, valid: int | UOp | None, position: Tensor, end: Tensor) -> Tensor:
         place = replace(at, start=start, valid=valid, position=position, end=end)
         h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, place, x)
         y = norm(h, w.post_norm, config.norm_eps)
         return experts_layer(y, w.experts, config, recipe.form("experts"), h)[0].contiguous()
+    if not isinstance(part, KVChain):       # which must not keep tensors that live inside a function
+        layer = function(layer, precompile=True, allow_implicit=True)
     return layer(x, at.start, at.valid, at.position, at.end)
 
 
-def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State, table: Tensor, at: Place,
-            trace: list[Tensor] | None = None) -> Tensor:
-    """Hidden states after the last norm, (tokens, hidden), of ids (tokens,) that stand at a place.
+def stack(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State, table: Tensor, at: Place,
+          trace: list[Tensor] | None = None) -> Tensor:
+    """Hidden states after the last layer, (tokens, hidden), of ids (tokens,) that stand at a place.
 
     Padding at the end leaves no trace in the state. `table`: the rotary angles of every position, (positions, 2,
     rope_dim // 2). `trace` collects the input of each layer.
@@ -113,10 +120,19 @@ def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, s
         if trace is not None:
             trace.append(x)
         x = run_layer(x, layer, config, recipe, part, table, at)
-    return (kernel_norm if recipe.weights == "packed" else rms_norm)(x, w.out_norm, config.norm_eps)
+    return x
 
 
-def forward_mtp(ids: Tensor, hidden: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State,
+def forward(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, state: State, table: Tensor, at: Place,
+            trace: list[Tensor] | None = None) -> Tensor:
+    """Hidden states after the last norm, (tokens, hidden); arguments as `stack`."""
+    x = stack(ids, w, config, recipe, state, table, at, trace)
+    return norm_of(recipe)(x, w.out_norm, config.norm_eps)
+
+
+def forward_mtp(ids: Tensor, hidden: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, cache: KVCache,
                 table: Tensor, at: Place) -> Tensor:
     """The MTP block's normed output (tokens, hidden); ids (tokens,) are one position ahead of hidden."""
-    return mtp_block(ids, hidden, w.mtp, config, recipe.form("experts"), at.rows(table), at.start, state.mtp)[0]
+    norm = norm_of(recipe)
+    x = run_layer(mtp_input(ids, hidden, w.mtp, config, norm), w.mtp.layer, config, recipe, cache, table, at)
+    return norm(x, w.mtp.out_norm, config.norm_eps)

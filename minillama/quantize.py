@@ -42,6 +42,15 @@ LARGEST_HALF = 65504.0
 Progress = Callable[[int, int], None]
 
 
+def file_format(file: GGUF) -> str:
+    """What a file says it was quantized to, Q4_K_M for example; else the format that holds most of its bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
+    named = {number: name for name, (_, number) in TARGETS.items()}
+    return named.get(file.metadata.get("general.file_type"), max(sizes, key=sizes.get))
+
+
 def quantize(path_in: str | Path, path_out: str | Path, format: str, progress: Progress | None = None) -> None:
     """Writes `path_in` (one file or any of its shards) in the target format to `path_out`, one file.
 

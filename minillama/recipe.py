@@ -13,7 +13,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logits": ("all", "last"),
     "projections": ("separate", "fused"),
     "weights": ("float", "packed"),
+    "mtp_prefill": ("logits", "hidden", "kv"),
 }
+DRAFTS = 4          # at most: a token more must fit into the kernels for few tokens
 LOADED = ("projections", "weights")     # how weights are laid out when a file is loaded: an engine cannot change it
 FORMS: dict[str, dict[str, Callable]] = {
     "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked, "fused": delta_net.chunked},
@@ -28,7 +30,8 @@ class Recipe:
     A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts and
     two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
     functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one;
-    an `experts` function that cannot read `Packed` weights goes with weights="float".
+    an `experts` function that cannot read `Packed` weights goes with weights="float". `draft`: tokens that the MTP
+    block guesses before the model looks at them, at most; with any, `mtp_prefill` says what runs for prompts.
     """
     delta: str | Callable = "fused"
     experts: str | Callable = "grouped"
@@ -37,14 +40,25 @@ class Recipe:
     logits: str = "last"
     projections: str = "fused"
     weights: str = "packed"
+    draft: int = 0
+    mtp_prefill: str = "kv"
 
     def __post_init__(self):
+        if str(self.draft).isdecimal():
+            object.__setattr__(self, "draft", int(self.draft))      # from the command line or a file
         for field in fields(self):
             self.form(field.name) if field.name in FORMS else self._check(field.name)
+        if self.draft and self.capture == "prune":
+            raise ValueError("recipe: drafts go with capture=jit or eager; pruning would freeze where they stand")
+        if self.draft and self.delta != "fused":
+            raise ValueError("recipe: drafts need delta=fused, whose memories step back by an index")
 
     def _check(self, name: str) -> None:
         value = getattr(self, name)
-        if value not in CHOICES[name]:
+        if name == "draft":
+            if value not in range(DRAFTS + 1):
+                raise ValueError(f"recipe: draft is a number from 0 to {DRAFTS}, not {value!r}")
+        elif value not in CHOICES[name]:
             raise ValueError(f"recipe: {name} is one of {', '.join(CHOICES[name])}, not {value!r}")
 
     def form(self, name: str) -> Callable:
@@ -64,7 +78,7 @@ class Recipe:
     def names(self) -> dict[str, str]:
         """The fields as JSON holds them: a function is stored as "module:name"."""
         def name(value) -> str:
-            return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+            return f"{value.__module__}:{value.__qualname__}" if callable(value) else str(value)
         return {field.name: name(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod

@@ -23,7 +23,7 @@ PUBLISHED = {"pp1": (37.92, 51.99), "pp8": (137.75, 176.36), "pp512": (930.70, 1
 # Tokens a second of llama.cpp b11434 (CUDA, flash attention) on one H100 80GB, 80B shapes, random Q4_0 weights with a
 # Q6_K head, 48 layers: from two such machines, made for this project with llama-bench.
 LLAMA_CPP = {"pp512": "4,140–4,390", "pp2048": "4,680", "tg128": "190–201"}
-BENCHED = "qwen3-next-80b-a3b"
+BENCHED, SHIPPED = "qwen3-next-80b-a3b", "minillama-coder"
 
 
 def per_token(row: Row) -> float:
@@ -36,10 +36,10 @@ def row_of(result: Result, rung: str, kind: str) -> Row | None:
     return next((row for row in result.rows if row.name.startswith(f"{rung} {kind}")), None)
 
 
-def newest(results: list[Result], rung: str, kind: str) -> Row:
-    """The row of a rung on whichever machine measured it last: counts are the same everywhere."""
+def newest(results: list[Result], rung: str, kind: str) -> Row | None:
+    """The row of a rung on whichever machine measured it last; None where none has."""
     rows = [(result.created, row) for result in results if (row := row_of(result, rung, kind))]
-    return max(rows, key=lambda found: found[0])[1]
+    return max(rows, key=lambda found: found[0])[1] if rows else None
 
 
 def number(row: Row | None) -> str:
@@ -62,25 +62,38 @@ def ladder_table(results: list[Result]) -> str:
     rungs = [*((rung.name, rung.again) for rung in LADDER), (EXTRA, "the first rung, replayed: running alone")]
     for name, again in rungs:
         counts = newest(results, name, "tg")
-        tokens = counts.tokens
         times = [number(row_of(result, name, kind)) for result in results for kind in ("tg", "pp")]
-        counted = (f"{count / tokens:.0f}" for count in (counts.counts.kernels, counts.counts.copies))
+        counted = (f"{count / counts.tokens:.0f}" for count in (counts.counts.kernels, counts.counts.copies)
+                   ) if counts else ("–", "–")
         lines.append([name, again, *counted, *times])
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table: heads, rules, rows."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def copies_table(results: list[Result]) -> str:
-    """Markdown: copies everywhere against none, captured, on the grid of #19375, with its own gain beside."""
-    heads = ["test", "kernels", "copies", *(result.device.backend for result in results), "#19375, M2 Ultra, Q4_0"]
+    """Markdown: copies everywhere against none, captured, on the grid of #19375, with its own gain beside; counts are
+    those of whichever run is the newest."""
+    counted = max(results, key=lambda result: result.created)
+    columns = [f"{result.device.backend} {result.model.format}" for result in results]
+    heads = ["test", "kernels", "copies", "kB", *columns, "#19375, M2 Ultra, Q4_0"]
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1)]
     for test, (slow, fast) in PUBLISHED.items():
-        rows = [row_of(results[0], kind, test) for kind in ("everywhere", "none")]
-        cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens:.1f}" for row in rows)
-                 for what in ("kernels", "copies")]
+        rows = [row_of(counted, kind, test) for kind in ("everywhere", "none")]
+        cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens / unit:,.{digits}f}" for row in rows)
+                 for what, unit, digits in (("kernels", 1, 1), ("copies", 1, 1), ("bytes", 1e3, 0))]
         ratios = [per_token(row_of(result, "everywhere", test)) / per_token(row_of(result, "none", test))
                   for result in results]
         lines.append([test, *cells, *(f"{ratio:.2f}×" for ratio in ratios), f"{fast / slow:.2f}×"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
+
+
+def speed(row: Row) -> str:
+    """A row's tokens a second."""
+    return f"{median(1e9 * row.tokens / sample for sample in row.samples_ns):,.0f}"
 
 
 def bench_table(results: list[Result]) -> str:
@@ -88,16 +101,66 @@ def bench_table(results: list[Result]) -> str:
     lines = [["machine", "format", "test", "tokens/s", "llama.cpp"], ["---", "---", "---", "--:", "--:"]]
     for result in results:
         for row in result.rows:
-            speed = median(1e9 * row.tokens / sample for sample in row.samples_ns)
             beside = LLAMA_CPP.get(row.name, "–") if "H100" in result.device.name else "–"
-            lines.append([device_of(result), result.model.format, row.name, f"{speed:,.0f}", beside])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+            lines.append([device_of(result), result.model.format, row.name, speed(row), beside])
+    return markdown(lines)
+
+
+def formats_table(results: list[Result]) -> str:
+    """Markdown: tokens a second of a model's files in several formats, a line each."""
+    backends = sorted({result.device.backend for result in results})
+    tests = sorted({row.name for result in results for row in result.rows}, reverse=True)
+    found = {(result.model.format, result.device.backend, row.name): row for result in results for row in result.rows}
+    sizes = {result.model.format: result.rows[0].values["model_size"] for result in results}
+    lines = [["format", "MB", *(f"{backend} {test}" for backend in backends for test in tests)],
+             ["---"] + ["--:"] * (1 + len(backends) * len(tests))]
+    for format in sorted(sizes, key=sizes.get, reverse=True):
+        rows = [found.get((format, backend, test)) for backend in backends for test in tests]
+        lines.append([format, f"{sizes[format] / 1e6:.1f}", *(speed(row) if row else "–" for row in rows)])
+    return markdown(lines)
+
+
+def bandwidth_table(result: Result) -> str:
+    """Markdown: GB/s of every format and kernel for one token, with the share of the copy's."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in result.rows[1:]:
+        kind, format, shape = re.fullmatch(r"(.+?) ([A-Z]+\d\w*) (.+)", row.name).groups()
+        if row.tokens == 1:
+            cells.setdefault(f"{kind} {shape}", {})[format] = (
+                f"{row.values['gigabytes_a_second']:,.0f} ({100 * row.values['share_of_copy']:.0f} %)")
+    formats = list(dict.fromkeys(format for row in cells.values() for format in row))
+    return markdown([["kernel", *formats], ["---"] + ["--:"] * len(formats),
+                     *([name, *(row.get(format, "–") for format in formats)] for name, row in cells.items())])
+
+
+def tokens_table(result: Result) -> str:
+    """Markdown: microseconds of the kernels that were measured with several tokens."""
+    times: dict[str, dict[int, str]] = {}
+    for row in result.rows[1:]:
+        times.setdefault(row.name, {})[row.tokens] = f"{median(row.samples_ns) / 1e3:.1f}"
+    several = {name: found for name, found in times.items() if len(found) > 1}
+    counts = sorted({tokens for found in several.values() for tokens in found})
+    return markdown([["kernel", *(f"{count} token{'s' * (count > 1)}" for count in counts)],
+                     ["---"] + ["--:"] * len(counts),
+                     *([name, *(found.get(count, "–") for count in counts)] for name, found in several.items())])
+
+
+def bandwidth_section(result: Result) -> list[str]:
+    """The two tables of one machine, and what they hold."""
+    copy = result.rows[0].values["gigabytes_a_second"]
+    return [f"How fast packed weights are read, {device_of(result)}, {result.model.name}'s shapes: GB/s for one token "
+            f"and the share of what a copy reads and writes here ({copy:,.0f} GB/s). Each launch waits for the one "
+            f"before, as in the model, and its start is in its time; each reads other weights than the one before, so "
+            f"that no cache holds them:", bandwidth_table(result),
+            "Several tokens at once (drafts), microseconds a launch; experts are others for every token:",
+            tokens_table(result)]
 
 
 def results_section() -> str:
     """What stands between the README's markers."""
-    ladders, copies = read_results("ladder", local=False), read_results("copies", local=False)
-    benches = [result for result in read_results("bench", local=False) if result.model.name == BENCHED]
+    ladders, copies, benches, bandwidths = (read_results(kind, local=False)
+                                            for kind in ("ladder", "copies", "bench", "bandwidth"))
+    files = [result for result in benches if result.model.name == SHIPPED]
     machines = "; ".join(f"{result.device.backend}: {device_of(result)}" for result in ladders)
     return "\n\n".join([
         "![Time per token of every rung, on every stored machine](course/images/ladder.svg)",
@@ -106,11 +169,15 @@ def results_section() -> str:
         f"are 64 tokens, 8 where the recurrence runs token by token.",
         ladder_table(ladders),
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
-        "gain in speed, with kernels and copies a token:",
+        "gain in speed, with kernels, copies and kB moved a token:",
         copies_table(copies),
+        *(["The shipped model's files, tokens a second (one process a device, sample by sample in turn):",
+           formats_table(files)] if files else []),
         "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
         "the same kind of GPU:",
-        bench_table(benches)]) if ladders and copies else "*No results are stored yet.*"
+        bench_table([result for result in benches if result.model.name == BENCHED]),
+        *(part for result in bandwidths for part in bandwidth_section(result))]
+    ) if ladders and copies else "*No results are stored yet.*"
 
 
 def ladder_picture() -> Figure:

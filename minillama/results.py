@@ -1,6 +1,7 @@
 """Result files: what was measured, on what, with which versions; written and checked here, drawn by the course.
 
-A file is one run on one machine: data/results/{kind}-{model}-{device}.json. The project's own runs lie there and are
+A file is one run on one machine: data/results/{kind}-{model}-{device}.json (speeds: of one format, which then follows
+the model). The project's own runs lie there and are
 kept in git; yours go to data/results/local/, which git ignores, under the same names.
 """
 import json
@@ -22,6 +23,7 @@ from minillama.measure import Counts
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent.parent / "data" / "results"
+BY_FORMAT = ("bench", "copies")     # kinds that are measured for several formats of a model, each in a file of its own
 PACKAGES = ("minillama", "tinygrad", "numpy")
 
 
@@ -89,7 +91,8 @@ class Result:
 
     @property
     def filename(self) -> str:
-        parts = (self.kind, self.model.name if self.model else "", self.device.backend, self.device.name)
+        model = (self.model.name, self.model.format if self.kind in BY_FORMAT else "") if self.model else ()
+        parts = (self.kind, *model, self.device.backend, self.device.name)
         return "-".join(re.sub(r"[^a-z0-9.]+", "-", part.lower()).strip("-") for part in parts if part) + ".json"
 
 

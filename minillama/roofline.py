@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 from tinygrad import Device, Tensor, TinyJit, dtypes
 from tinygrad.dtype import DType
 
+from minillama.kernels.copying import copied
 from minillama.measure import time_call
 from minillama.results import Result, Row, write_result
 
 MIB = 1 << 20
 CHAIN = 100     # kernels in the chain whose launches are timed
+COPIES = 8      # of a large buffer, one after the other
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,15 @@ def fastest(call: Callable, *args, repeats: int = 5) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a copy too large for any cache."""
+    """Bytes a second, read plus written, of copies too large for any cache, there and back."""
     best, size = 0.0, 128 * MIB
     while True:
-        source = Tensor.ones(size // 4).contiguous().realize()      # (values,) float32
-        copy = TinyJit(lambda x: x.clone().realize())
-        seconds = fastest(copy, source)
+        buffers = [Tensor.full((size // 4,), float(n)).contiguous().realize() for n in range(2)]    # (values,) float32
+
+        def back_and_forth(buffers: list[Tensor] = buffers) -> None:
+            for n in range(COPIES):
+                copied(buffers[n % 2], buffers[1 - n % 2]).realize()
+        seconds = fastest(TinyJit(back_and_forth)) / COPIES
         best, size = max(best, 2 * size / seconds), 2 * size
         if seconds > 1e-3 or size > 1024 * MIB:
             return best

@@ -32,14 +32,44 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature < COLDEST
 
+    def stream(self) -> np.random.Generator:
+        """Where uniform numbers in [0, 1) come from: a stream a seed."""
+        return np.random.default_rng(self.seed)
+
     def draws(self, count: int, start: int = 0) -> list[float]:
-        """Uniform numbers in [0, 1) that float32 holds, for a text's tokens start..start + count: a stream a seed."""
-        return np.random.default_rng(self.seed).random(start + count, dtype=np.float32)[start:].tolist()
+        """Uniform numbers in [0, 1) that float32 holds, for a text's tokens start..start + count."""
+        return self.stream().random(start + count, dtype=np.float32)[start:].tolist()
+
+
+def parts(x: Tensor, neutral: float) -> Tensor:
+    """(..., vocab) as (..., count, size), with `neutral` behind its end.
+
+    A reduction over a whole vocabulary is one long loop of few threads: more than 1 ms on an H100 for 151,936 entries.
+    In two steps, with a buffer between them, it is two short kernels.
+    """
+    count = 512 if x.shape[-1] > 1 << 14 else 64
+    size = -(-x.shape[-1] // (32 * count)) * 32         # a multiple of what threads like to share
+    behind = count * size - x.shape[-1]
+    return x.pad((*[None] * (x.ndim - 1), (0, behind)), value=neutral).reshape(*x.shape[:-1], count, size)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over a vocabulary, (..., vocab) -> (...)."""
+    return parts(x, 0).sum(-1).contiguous().sum(-1)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The maximum over a vocabulary, (..., vocab) -> (...)."""
+    return parts(x, float("-inf") if x.is_floating_point() else -1).max(-1).contiguous().max(-1)
 
 
 def greedy(logits: Tensor) -> Tensor:
-    """The most probable id, the smallest of equals. logits (vocab,); returns (1,) int32."""
-    return logits.argmax().reshape(1).cast(dtypes.int32)
+    """The most probable id of each row, the smallest of equals. logits (vocab,) or (rows, vocab); (rows,) int32."""
+    logits = logits.reshape(-1, logits.shape[-1])                           # (rows, vocab)
+    best = largest(logits).reshape(-1, 1).contiguous()
+    behind = logits.shape[-1] - Tensor.arange(logits.shape[-1])             # vocab .. 1: the first is the largest
+    ids = logits.shape[-1] - largest((logits == best).where(behind, 0))
+    return ids.minimum(logits.shape[-1] - 1).cast(dtypes.int32)             # where all are NaN, an id all the same
 
 
 def threshold(probs: Tensor, weight: Tensor, goal: Tensor) -> Tensor:
@@ -53,7 +83,7 @@ def threshold(probs: Tensor, weight: Tensor, goal: Tensor) -> Tensor:
     found = Tensor.zeros(1, dtype=dtypes.uint32, device=probs.device)
     for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
         tries = found + digits * (1 << shift)                               # (16, 1): ascending
-        weighs = (bits >= tries).where(weight, 0).sum(axis=1)               # (16,): descending
+        weighs = total((bits >= tries).where(weight, 0))                    # (16,): descending
         digit = (weighs >= goal).sum(dtype=dtypes.uint32).maximum(1) - 1
         found = (found + digit.cast(dtypes.uint32) * (1 << shift)).contiguous()
     return found.bitcast(dtypes.float32)
@@ -64,19 +94,21 @@ def cut(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Te
 
     Ties with the last entry kept are kept too. Source: Holtzman et al. 2019 (top-p).
     """
-    probs = (logits / temperature).softmax().contiguous()
+    scaled = logits / temperature
+    probs = (scaled - largest(scaled)).exp().contiguous()
+    probs = (probs / total(probs)).contiguous()
     kept = (top_k > 0).where(top_k, probs.shape[0])
     probs = (probs >= threshold(probs, Tensor.ones_like(probs), kept)).where(probs, 0)
-    probs = (probs / probs.sum()).contiguous()
+    probs = (probs / total(probs)).contiguous()
     nucleus = (probs >= threshold(probs, probs, top_p)).where(probs, 0)
     probs = (top_p < 1).where(nucleus, probs)
-    return (probs / probs.sum()).contiguous()
+    return (probs / total(probs)).contiguous()
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     """The id where the cumulative distribution passes `uniform` (1,) in [0, 1). probs (vocab,); returns (1,) int32."""
-    total = probs.cumsum().contiguous()
-    ids = Tensor.arange(probs.shape[0])
-    last = (probs > 0).where(ids, 0).max()
-    reached = (total > uniform * total[-1]) & (probs > 0)       # rounding must not choose what was cut
-    return reached.where(ids, last).min().reshape(1).cast(dtypes.int32)
+    reaches = probs.cumsum().contiguous()
+    count, ids = probs.shape[0], Tensor.arange(probs.shape[0])
+    last = largest((probs > 0).where(ids, 0))
+    reached = (reaches > uniform * reaches[-1]) & (probs > 0)   # rounding must not choose what was cut
+    return (count - largest(reached.where(count - ids, count - last))).reshape(1).cast(dtypes.int32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, UOp, dtypes
 
 from minillama.config import ModelConfig
+from minillama.kernels.attention import stored as rows_stored
 from minillama.kernels.delta import HISTORY
 
 
@@ -44,10 +45,46 @@ class KVCache:
         end = start + k.shape[0]
         keys = stored(self.keys, k, slice(start, end))
         values = stored(self.values, v, slice(start, end))
+        self.wrote(keys, values)
         return keys[:end].float(), values[:end].float()
+
+    def wrote(self, keys: Tensor, values: Tensor) -> None:
+        """Told what the buffers are after a write: the next graph finds them so by itself."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.keys, self.values
+
+
+class KVChain(KVCache):
+    """A cache that several steps of one graph write, one after the other: each sees what those before it wrote.
+
+    It is written by kernels: of plain stores into slices of one buffer, the scheduler orders only one.
+    """
+
+    def write(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
+        """As `KVCache.write`."""
+        position, end = after(Tensor(start, dtype=dtypes.int32, device=k.device).reshape(1)), start + k.shape[0]
+        k, v = (x.reshape(k.shape[0], -1).contiguous() for x in (k, v))
+        self.wrote(rows_stored((k, 0), self.keys, position), rows_stored((v, 0), self.values, position))
+        return self.keys[:end], self.values[:end]
+
+    def wrote(self, keys: Tensor, values: Tensor) -> None:
+        object.__setattr__(self, "keys", keys)
+        object.__setattr__(self, "values", values)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What the MTP block has not read of the text yet: the model's hidden states of its last positions (rows, hidden)
+    and, behind each, the token that follows it (rows,) int32. A draft starts from the last row that is part of the
+    text; the rows behind that were rejected."""
+    tokens: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def zeros(cls, rows: int, hidden: int, device: str | None = None) -> "Pending":
+        return cls(Tensor.zeros(rows, dtype=dtypes.int32, device=device).contiguous().realize(),
+                   Tensor.zeros(rows, hidden, dtype=dtypes.float32, device=device).contiguous().realize())
 
 
 @dataclass(frozen=True)

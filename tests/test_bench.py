@@ -108,7 +108,7 @@ def test_a_file_is_measured_reported_and_saved(capsys, monkeypatch, tmp_path):
     """One batch size, so that there is one graph to build."""
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     made = []
-    monkeypatch.setattr(bench, "Bench", lambda engine: made.append(Bench(engine)) or made[0])
+    monkeypatch.setattr(bench, "Bench", lambda engine, accept: made.append(Bench(engine, accept)) or made[0])
     args = parsed("bench", "-m", MODEL, "-p", 3, "-n", 2, "-pg", "1,2", "-d", "0,4", "-r", 2, "-ub", 1, "-o", "jsonl",
                   "--save")
     args.run(args)

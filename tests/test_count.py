@@ -67,6 +67,15 @@ def test_every_part_has_kernels_and_moves_its_weights(groups):
             assert ideal.ideal_ops <= counted.ops < 3 * ideal.ideal_ops, (group.name, name, counted.ops)
 
 
+def test_products_with_unpacked_weights_belong_to_the_weights_part():
+    """A batch unpacks each matrix once and multiplies by the copy, in the part whose weight it is."""
+    groups = count.count_step(shape_config("tiny"), Recipe(), "Q8_0", 64)
+    for group in groups[:2]:
+        parts = {part.name: part for part in group.parts}
+        for name in ("projections", "output projection", "shared expert"):
+            assert parts[name].counts.ops >= parts[name].ideal_ops, (group.name, name)
+
+
 def test_ideal_bytes_are_active_weights_states_a_row_of_the_embedding_and_the_logits(groups):
     config = shape_config("tiny", 8)
     idle = sum(4 * shape[0] * shape[1] * shape[2] * (1 - config.experts_used / config.experts)
@@ -125,3 +134,19 @@ def test_the_80b_is_counted_in_three_minutes_and_four_gibibytes():
     for step in steps:
         assert [group["times"] for group in step["groups"]] == [36, 12, 1]
         assert step["total"]["bytes"] > step["total"]["ideal_bytes"] > 2e9, step["total"]
+
+
+@pytest.mark.host
+@pytest.mark.slow
+def test_for_a_prompt_the_mtp_block_costs_what_its_recipe_runs():
+    """A batch of the 80B: `logits` sends 311 MB to the host, `hidden` runs the block in full, `kv` next to nothing."""
+    config, found = shape_config("qwen3-next-80b-a3b", mtp=True), {}
+    for recipe in ("hidden", "kv"):
+        groups = count.count_step(config, Recipe(mtp_prefill=recipe), "Q4_0", 512)
+        block = next(group for group in groups if group.name == "MTP block")
+        found[recipe] = block.counts
+        assert count.to_host(config, Recipe(mtp_prefill=recipe), 512) == 4
+        if recipe == "kv":
+            assert block.counts.ops <= 0.005 * count.ideal(groups)[1]
+    assert 3 * found["kv"].kernels < found["hidden"].kernels and 10 * found["kv"].ops < found["hidden"].ops
+    assert count.to_host(config, Recipe(mtp_prefill="logits"), 512) == 512 * 151_936 * 4

@@ -71,6 +71,15 @@ def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:
     return (Opt(OptOps.UPCAST, axis, fitting(16, size)),) if backend(device) == "CPU" else None
 
 
+def copying(device: str, size: int) -> tuple[Opt, ...] | None:
+    """Options for a copy of so many values: on a GPU four neighbours a thread, 256 threads a block (measured on an
+    H100); elsewhere the optimizer chooses."""
+    if not shares_memory(device):
+        return None
+    each = fitting(4, size)
+    return Opt(OptOps.UPCAST, 0, each), Opt(OptOps.LOCAL, 0, fitting(256, size // each))
+
+
 def multiplies_halves(device: str, tokens: int, rows: int) -> bool:
     """Whether a product can use units that multiply matrices of halves, far faster than those of float32. Where it
     fills their tiles only in part, the compiler does without them, and rounds each product of two halves to one."""

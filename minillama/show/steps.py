@@ -14,8 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.pyplot import close, subplots
 from tinygrad import Context, Tensor
 
-from minillama.count import Marks
 from minillama.engine import Engine
+from minillama.marks import Marks
 from minillama.measure import Call, Counts, seconds_of_calls
 from minillama.results import Result, Row
 from minillama.show import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW, logarithmic

@@ -1,0 +1,29 @@
+"""Bugs of one line that chapter 12's *Equal?* cells must catch: (module, attribute, original -> broken)."""
+
+
+def subnormal_scales_are_zero(original):
+    """A half whose exponent is 0 is taken for 0, as where halves are emulated carelessly."""
+    def half_to_float(bits):
+        value = original(bits)
+        return (bits & 0x7c00).eq(0).where(0.0, value)
+    return half_to_float
+
+
+def bias_of_seven(original):
+    """Four-bit quants stand for -7 to 8 instead of -8 to 7, in the kernels alone."""
+    return lambda words, row, i, bias, *scales: original(words, row, i, max(bias - 1, 0), *scales)
+
+
+def low_halves_dropped(original):
+    """A row of x is split into halves, and the low ones are lost: what tensor cores would give without the split."""
+    def halves(x):
+        high = original(x)[:, :x.shape[1]]
+        return high.cat(high * 0, high, dim=1).contiguous()
+    return halves
+
+
+BUGS = {
+    "subnormal scales are taken for zero": ("minillama.kernels.layouts", "half_to_float", subnormal_scales_are_zero),
+    "the kernels take 7 off a four-bit quant instead of 8": ("minillama.kernels.layouts", "_octet4", bias_of_seven),
+    "the low halves of x are lost": ("minillama.kernels.packed", "halves", low_halves_dropped),
+}
