@@ -16,9 +16,8 @@ MADE := $(FORMATS:%=data/minillama-coder-%.gguf)
 MODEL ?= $(MASTER)
 PROMPT ?= def fibonacci(n):
 ARGS ?=
-# Two processes at a time, files and notebooks kept whole. On OpenCL one: PoCL aborts where two build the same kernel.
-PYTEST := python -m pytest
-TWO := -n 2 --dist loadscope
+# Two processes at a time, files and notebooks kept whole.
+PYTEST := python -m pytest -n 2 --dist loadscope
 NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
     --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
@@ -64,8 +63,8 @@ lint: $(STAMP)
 
 test: $(STAMP) lint $(MADE)
 	@python -m minillama.devices --works CL || echo "No OpenCL platform here: testing on the CPU only."
-	DEV=CPU $(PYTEST) $(TWO)
-	DEV=CPU $(NBVAL) $(TWO)
+	DEV=CPU $(PYTEST)
+	DEV=CPU $(NBVAL)
 	@if python -m minillama.devices --works CL; then set -x; DEV=CL $(PYTEST) -m "not host" && DEV=CL $(NBVAL); fi
 
 test-fast: $(STAMP) lint

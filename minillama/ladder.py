@@ -94,7 +94,7 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "a greedy text stays the same, token by token; a sampled one keeps its distribution",
         "one pass of the model over a few tokens costs less than as many passes, where reading weights is what costs",
         "decoding on a GPU, with text that is easy to guess",
-        "where a token more costs a pass more (a CPU), and where drafts are rejected; every prompt pays for the block",
+        "where a token more costs nearly a pass more, and where drafts are rejected; every prompt pays for the block",
         "`draft=0`", "random weights accept nothing, a text that repeats itself accepts everything: say which text")),
     ("mtp-hidden", "16", "#23198: the block needs hidden states, not logits", {"mtp_prefill": "hidden"}, Ledger(
         "the drafts after a prompt are the same", "the head runs for one row, and no logits travel to the host",

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from minillama import show
 from minillama.ladder import LADDER
+from minillama.report_drafts import drafts_section
 from minillama.results import Result, Row, read_results
 
 ROOT = Path(__file__).parent.parent
@@ -83,11 +84,12 @@ def copies_table(results: list[Result]) -> str:
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1)]
     for test, (slow, fast) in PUBLISHED.items():
         rows = [row_of(counted, kind, test) for kind in ("everywhere", "none")]
-        cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens / unit:,.{digits}f}" for row in rows)
-                 for what, unit, digits in (("kernels", 1, 1), ("copies", 1, 1), ("bytes", 1e3, 0))]
-        ratios = [per_token(row_of(result, "everywhere", test)) / per_token(row_of(result, "none", test))
-                  for result in results]
-        lines.append([test, *cells, *(f"{ratio:.2f}×" for ratio in ratios), f"{fast / slow:.2f}×"])
+        units = {"kernels": 1, "copies": 1, "bytes": 1000}
+        cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens / unit:,.1f}" for row in rows)
+                 if all(rows) else "–" for what, unit in units.items()]
+        pairs = [[row_of(result, kind, test) for kind in ("everywhere", "none")] for result in results]
+        ratios = [f"{per_token(pair[0]) / per_token(pair[1]):.2f}×" if all(pair) else "–" for pair in pairs]
+        lines.append([test, *cells, *ratios, f"{fast / slow:.2f}×"])
     return markdown(lines)
 
 
@@ -176,7 +178,8 @@ def results_section() -> str:
         "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
         "the same kind of GPU:",
         bench_table([result for result in benches if result.model.name == BENCHED]),
-        *(part for result in bandwidths for part in bandwidth_section(result))]
+        *(part for result in bandwidths for part in bandwidth_section(result)),
+        *drafts_section(read_results("drafts", local=False), read_results("mtp", local=False))]
     ) if ladders and copies else "*No results are stored yet.*"
 
 

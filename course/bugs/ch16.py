@@ -5,7 +5,8 @@ from dataclasses import replace
 def one_position_late(original):
     """Keys and values of a prompt are stored one position behind where they belong."""
     def remember(x, w, kv, config, table, at, cache):
-        original(x, w, kv, config, table, replace(at, start=at.start + 1, position=(at.position + 1).contiguous()), cache)
+        late = replace(at, start=at.start + 1, position=(at.position + 1).contiguous())
+        original(x, w, kv, config, table, late, cache)
     return remember
 
 

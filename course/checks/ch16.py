@@ -45,7 +45,8 @@ def check_block_rows(yours: Callable) -> bool:
     return examine("block_rows", {
         "five tokens, the last batch": lambda: case(5, None), "two tokens": lambda: case(2, None),
         "one token, and nothing behind it": lambda: case(1, None),
-        "five tokens, another batch follows": lambda: case(5, 99), "one token, another batch follows": lambda: case(1, 7),
+        "five tokens, another batch follows": lambda: case(5, 99),
+        "one token, another batch follows": lambda: case(1, 7),
         "another batch follows, and begins with token 0": lambda: case(3, 0)})
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 
 def rows_computed(block: int, blocks: int, tokens: int) -> list[bool]:
-    """The block behind it makes keys and values of every row of its output; behind the last there is only the draft."""
+    """The next block makes keys and values of every row of this one's output; behind the last is only the draft."""
     last = block == blocks - 1
     return [not last or row == tokens - 1 for row in range(tokens)]
 

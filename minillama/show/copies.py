@@ -125,7 +125,8 @@ def growth(chunks: Sequence[int], forms: Mapping[str, tuple[Sequence[float], Seq
     figure, axes = canvas(title, height=3.0)
     for (name, (measured, formula)), (colour, marker, line) in zip(
             forms.items(), ((RED, "s", "--"), (BLUE, "o", "-")), strict=False):
-        axes.plot(range(1, len(formula) + 1), np.array(formula) / 1e6, line, color=colour, label=f"{name}: the formula")
+        until = range(1, len(formula) + 1)
+        axes.plot(until, np.array(formula) / 1e6, line, color=colour, label=f"{name}: the formula")
         axes.plot(chunks, np.array(measured) / 1e6, marker, color=colour, label=f"{name}: counted")
     axes.set(xlabel="chunks", ylabel="MB", xlim=(0, None), ylim=(0, None))
     axes.legend()
