@@ -4,7 +4,7 @@
 """
 import re
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 
 from matplotlib.figure import Figure
 
@@ -75,6 +75,13 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def gain(slow: Row, fast: Row) -> str:
+    """How many times as fast, by the medians; marked ~ where the middle halves of the samples overlap."""
+    a, b = (quantiles(row.samples_ns, n=4, method="inclusive") for row in (slow, fast))
+    overlap = a[0] <= b[2] and b[0] <= a[2]
+    return f"{'~' * overlap}{per_token(slow) / per_token(fast):.2f}×"
+
+
 def copies_table(results: list[Result]) -> str:
     """Markdown: copies everywhere against none, captured, on the grid of #19375, with its own gain beside; counts are
     those of whichever run is the newest."""
@@ -88,7 +95,7 @@ def copies_table(results: list[Result]) -> str:
         cells = [" → ".join(f"{getattr(row.counts, what) / row.tokens / unit:,.1f}" for row in rows)
                  if all(rows) else "–" for what, unit in units.items()]
         pairs = [[row_of(result, kind, test) for kind in ("everywhere", "none")] for result in results]
-        ratios = [f"{per_token(pair[0]) / per_token(pair[1]):.2f}×" if all(pair) else "–" for pair in pairs]
+        ratios = [gain(*pair) if all(pair) else "–" for pair in pairs]
         lines.append([test, *cells, *ratios, f"{fast / slow:.2f}×"])
     return markdown(lines)
 
@@ -171,7 +178,7 @@ def results_section() -> str:
         f"are 64 tokens, 8 where the recurrence runs token by token.",
         ladder_table(ladders),
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
-        "gain in speed, with kernels, copies and kB moved a token:",
+        "gain in speed (~: the middle halves of the samples overlap), with kernels, copies and kB moved a token:",
         copies_table(copies),
         *(["The shipped model's files, tokens a second (one process a device, sample by sample in turn):",
            formats_table(files)] if files else []),

@@ -2,7 +2,7 @@
 import pytest
 
 from minillama import report
-from minillama.results import Row
+from minillama.results import Result, Row
 
 pytestmark = pytest.mark.host
 
@@ -24,3 +24,24 @@ def test_a_number_keeps_what_can_be_read(nanoseconds, text):
 
 def test_a_rung_that_a_machine_has_not_measured_has_no_number():
     assert report.number(None) == "–"
+
+
+@pytest.mark.parametrize(("slow", "fast", "text"), (([30, 31, 32, 33], [10, 11, 10, 11], "3.00×"),
+                                                    ([10, 11, 10, 11], [30, 31, 32, 33], "0.33×"),
+                                                    ([10, 20, 30, 40], [10, 20, 30, 20], "~1.25×")))
+def test_a_gain_within_the_spread_of_the_samples_is_marked(slow, fast, text):
+    rows = (Row("pp1", tokens=1, samples_ns=[1000 * sample for sample in samples]) for samples in (slow, fast))
+    assert report.gain(*rows) == text
+
+
+def test_bandwidth_tables_have_a_column_a_format_and_a_column_a_number_of_tokens():
+    def row(name: str, tokens: int, speed: float) -> Row:
+        return Row(name, tokens=tokens, samples_ns=[4000], values={"gigabytes_a_second": speed, "share_of_copy": 0.5})
+    result = Result.here("bandwidth", None, [
+        Row("copy"), row("linear Q4_0 8x64", 1, 1500), row("linear Q4_K 8x64", 1, 10), row("linear Q4_0 8x64", 2, 7),
+        row("experts gate+up Q4_0 2 of 8 2x8x64", 1, 9)])
+    assert report.bandwidth_table(result).splitlines() == [
+        "| kernel | Q4_0 | Q4_K |", "| --- | --: | --: |", "| linear 8x64 | 1,500 (50 %) | 10 (50 %) |",
+        "| experts gate+up 2 of 8 2x8x64 | 9 (50 %) | – |"]
+    assert report.tokens_table(result).splitlines() == [
+        "| kernel | 1 token | 2 tokens |", "| --- | --: | --: |", "| linear Q4_0 8x64 | 4.0 | 4.0 |"]
