@@ -149,13 +149,16 @@ def crossing(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], title: 
 
 
 def stored_gains(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Of stored runs of the copies ablation: how many times faster without, by machine and test."""
+    """Of stored runs of the copies ablation: how many times faster without, by machine and test.
+
+    Of a machine's formats the first counts: Q4_0, as published, where it was run.
+    """
     found = {}
     for result in results:
         took = {row.name: float(np.median(row.samples_ns)) for row in result.rows}
-        found[f"minillama, {result.device.name} ({result.device.backend})"] = {
+        found.setdefault(f"minillama, {result.device.name} ({result.device.backend})", {
             name.split()[1]: took[name.replace("none", "everywhere")] / time
-            for name, time in took.items() if name.startswith("none ")}
+            for name, time in took.items() if name.startswith("none ")})
     return found
 
 
