@@ -56,7 +56,7 @@ def add_sampling_options(parser: Parser, count: int) -> None:
     parser.add_argument("--temp", type=float, default=0.0, help="temperature (default: 0, always the likeliest token)")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest (default: 0, from all)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that hold p (default: 1)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="fixes the text, without --draft (default: 0)")
 
 
 def build_parser() -> Parser:

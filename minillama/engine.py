@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tinygrad import Device, Tensor, TinyJit, UOp, dtypes
+from tinygrad import Tensor, TinyJit, UOp, dtypes
 
 from minillama import program_cache, sampling
 from minillama.config import ModelConfig, check_tensors
@@ -18,7 +18,7 @@ from minillama.model import Place, forward, forward_mtp, place_of
 from minillama.recipe import LOADED, Recipe
 from minillama.sampling import Sampler
 from minillama.speculate import Drafter
-from minillama.state import State, after
+from minillama.state import State, after, padded, put
 from minillama.tokenizer import Tokenizer
 from minillama.weights import ModelWeights, load_weights
 
@@ -26,20 +26,6 @@ program_cache.install()
 BATCHES = (512, 64, 8, 1)
 CONTEXT = 4096
 SLOTS = 2           # of a ring of memories: the one that a token reads, the one that it writes; and one for each draft
-
-
-def put(tensor: Tensor, values: np.ndarray) -> Tensor:
-    """Overwrite a realized tensor, which takes far less Python than a new one. Waits for whoever still reads it.
-    values: as many of the same type, contiguous."""
-    buffer = tensor.uop.buffer
-    Device[buffer.device].synchronize()
-    buffer.allocator._copyin(buffer._buf, memoryview(values).cast("B"))
-    return tensor
-
-
-def padded(ids: list[int], size: int) -> np.ndarray:
-    """ids as (size,) int32, 0 behind them."""
-    return np.array(ids + [0] * (size - len(ids)), dtype=np.int32)
 
 
 class ContextError(ValueError):
@@ -131,7 +117,10 @@ class Engine:
         return logits, *every
 
     def step(self, kind: str, ids: Tensor, start: int, valid: int, *more: Tensor) -> Tensor:
-        """Run a batch through the step of that kind and size; the first call captures it. Size one has no padding."""
+        """Run a batch through the step of that kind and size; the first call captures it. Size one has no padding.
+
+        Where the recipe drafts, the first of `more` is what the MTP block reads: each id's successor, (size,) int32.
+        """
         size = ids.shape[0]
 
         def run(ids: Tensor, start: UOp, valid: UOp | None, more: tuple[Tensor, ...], given: list[Tensor],
@@ -220,7 +209,10 @@ class Engine:
         return self.feed(ids).numpy()
 
     def all_logits(self, ids: Iterable[int]) -> np.ndarray:
-        """Logits after each of ids, (tokens, vocab) float32."""
+        """Logits after each of ids, (tokens, vocab) float32. The MTP block does not read these ids: drafts behind them
+        are worse guesses."""
+        if self.drafter:
+            self.drafter.clear()
         return np.concatenate([self.step("every", batch, start, valid).numpy()[:valid]
                                for batch, start, valid, _ in self.batches_of(self._check(ids))])
 
@@ -231,6 +223,8 @@ class Engine:
         ids, rows = self._check(ids), []
         if len(ids) < 2:
             raise ValueError("the multi-token-prediction block needs at least two tokens")
+        if self.drafter:
+            self.drafter.clear()
         for batch, start, valid, at in self.batches_of(ids):
             out = self.step("mtp", batch, start, valid, self._following(ids, at, batch, valid))
             rows.append(out.numpy()[:min(valid, len(ids) - 1 - at)])

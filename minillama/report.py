@@ -12,6 +12,7 @@ from minillama import show
 from minillama.ladder import LADDER
 from minillama.report_drafts import drafts_section
 from minillama.results import Result, Row, read_results
+from minillama.tables import device_of, markdown, speed
 
 ROOT = Path(__file__).parent.parent
 README, PICTURE = ROOT / "README.md", ROOT / "course" / "images" / "ladder.svg"
@@ -51,10 +52,6 @@ def number(row: Row | None) -> str:
     return f"{microseconds:,.0f}" if microseconds >= 100 else f"{microseconds:.1f}"
 
 
-def device_of(result: Result) -> str:
-    return f"{result.device.name} ({result.device.backend})"
-
-
 def ladder_table(results: list[Result]) -> str:
     """Markdown: a line a rung; microseconds a token of generation and of prompts, on every stored machine."""
     heads = ["rung", "re-creates", "kernels", "copies",
@@ -68,11 +65,6 @@ def ladder_table(results: list[Result]) -> str:
                    ) if counts else ("–", "–")
         lines.append([name, again, *counted, *times])
     return markdown(lines)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A table: heads, rules, rows."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def gain(slow: Row, fast: Row) -> str:
@@ -100,18 +92,13 @@ def copies_table(results: list[Result]) -> str:
     return markdown(lines)
 
 
-def speed(row: Row) -> str:
-    """A row's tokens a second."""
-    return f"{median(1e9 * row.tokens / sample for sample in row.samples_ns):,.0f}"
-
-
 def bench_table(results: list[Result]) -> str:
     """Markdown: tokens a second of the real model's shapes, all layers, beside llama.cpp's."""
     lines = [["machine", "format", "test", "tokens/s", "llama.cpp"], ["---", "---", "---", "--:", "--:"]]
     for result in results:
         for row in result.rows:
             beside = LLAMA_CPP.get(row.name, "–") if "H100" in result.device.name else "–"
-            lines.append([device_of(result), result.model.format, row.name, speed(row), beside])
+            lines.append([device_of(result), result.model.format, row.name, f"{speed(row):,.0f}", beside])
     return markdown(lines)
 
 
@@ -125,7 +112,7 @@ def formats_table(results: list[Result]) -> str:
              ["---"] + ["--:"] * (1 + len(backends) * len(tests))]
     for format in sorted(sizes, key=sizes.get, reverse=True):
         rows = [found.get((format, backend, test)) for backend in backends for test in tests]
-        lines.append([format, f"{sizes[format] / 1e6:.1f}", *(speed(row) if row else "–" for row in rows)])
+        lines.append([format, f"{sizes[format] / 1e6:.1f}", *(f"{speed(row):,.0f}" if row else "–" for row in rows)])
     return markdown(lines)
 
 

@@ -1,20 +1,10 @@
 """The README's tables of multi-token prediction: what drafting gains on text, and what it costs in speed alone."""
-from statistics import median
-
-from minillama.results import Result, Row
+from minillama.results import Result
+from minillama.tables import device_of, markdown, speed
 
 # Tokens a second of llama.cpp b11434 on one H100, 80B shapes of random Q4_0 weights, nearly every draft rejected; its
 # plain speed is of that run too. Made for this project, as the figures in report.py.
 LLAMA_CPP = {"tg128": "144–155", "tg128 draft=1 accept=0": "43", "tg128 draft=3 accept=0": "21"}
-
-
-def speed(row: Row) -> float:
-    """Tokens a second: the median sample."""
-    return row.tokens / median(row.samples_ns) * 1e9
-
-
-def markdown(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def text_table(results: list[Result]) -> str:
@@ -27,9 +17,8 @@ def text_table(results: list[Result]) -> str:
                 continue
             kept = [f"{row.values[name]:.2f}" for place in range(1, 9) if (name := f"accepted {place}") in row.values]
             equal = f"{row.values['equal']:.0f} of {row.values['prompts']:.0f}" if "equal" in row.values else "–"
-            lines.append([f"{result.device.name} ({result.device.backend})", row.name.split()[1],
-                          " ".join(kept) or "–", f"{row.values['speed']:,.0f}",
-                          f"{row.values.get('faster', 1.0):.2f}×", equal])
+            lines.append([device_of(result), row.name.split()[1], " ".join(kept) or "–",
+                          f"{row.values['speed']:,.0f}", f"{row.values.get('faster', 1.0):.2f}×", equal])
     return markdown(lines)
 
 
@@ -55,7 +44,8 @@ def drafts_section(texts: list[Result], speeds: list[Result]) -> list[str]:
                   "*Accepted*: of the drafts at a place that were looked at, how many.",
                   text_table(texts)]
     for result in speeds:
-        parts += [f"In speed alone: {result.model.name} ({result.model.format}) on {result.device.name} "
-                  f"({result.device.backend}). Drafts are kept by chance, with probability `accept` at each place.",
+        parts += [f"In speed alone: {result.model.name} ({result.model.format}) on {device_of(result)}. Drafts are "
+                  "kept by chance, with probability `accept` at each place; llama.cpp's column is a run of its own with "
+                  "nearly every draft rejected.",
                   speed_table(result)]
     return parts

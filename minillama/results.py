@@ -1,8 +1,8 @@
 """Result files: what was measured, on what, with which versions; written and checked here, drawn by the course.
 
-A file is one run on one machine: data/results/{kind}-{model}-{device}.json (speeds: of one format, which then follows
-the model). The project's own runs lie there and are
-kept in git; yours go to data/results/local/, which git ignores, under the same names.
+A file is one run on one machine: data/results/{kind}-{model}-{device}.json; the weights' format follows the model in
+kinds that are run for several. The project's own runs lie there and are kept in git; yours go to data/results/local/,
+which git ignores, under the same names.
 """
 import json
 import os

@@ -20,12 +20,8 @@ from minillama.layers import linear
 from minillama.model import Place, forward, forward_mtp, norm_of, place_of
 from minillama.mtp import kv_rows, remember_tokens
 from minillama.pace import Pace
-from minillama.recipe import DRAFTS
 from minillama.sampling import Sampler
-from minillama.state import KVChain, Pending, after, stored
-
-SLOTS = DRAFTS + 2      # of a ring of memories, with as many drafts as there may be
-
+from minillama.state import KVChain, Pending, after, padded, put, stored
 
 # ---- what to keep -------------------------------------------------------------------------------------------------
 
@@ -172,7 +168,6 @@ class Drafter:
         self.first, self.known = self.engine.position - 1, []
 
     def _put_tokens(self, tokens: list[int]) -> None:
-        from minillama.engine import padded, put
         put(self.pending.tokens, padded(tokens, self.most + 1))
 
     def run(self, token: int | None, count: int, kind: str, *more: Tensor) -> list[int]:

@@ -4,11 +4,25 @@ All of it lives on the device and is written in place, inside the graph of the s
 """
 from dataclasses import dataclass
 
-from tinygrad import Tensor, UOp, dtypes
+import numpy as np
+from tinygrad import Device, Tensor, UOp, dtypes
 
 from minillama.config import ModelConfig
-from minillama.kernels.attention import stored as rows_stored
 from minillama.kernels.delta import HISTORY
+
+
+def put(tensor: Tensor, values: np.ndarray) -> Tensor:
+    """Overwrite a realized tensor, which takes far less Python than a new one. Waits for whoever still reads it.
+    values: as many of the same type, contiguous."""
+    buffer = tensor.uop.buffer
+    Device[buffer.device].synchronize()
+    buffer.allocator._copyin(buffer._buf, memoryview(values).cast("B"))
+    return tensor
+
+
+def padded(ids: list[int], size: int) -> np.ndarray:
+    """ids as (size,) int32, 0 behind them."""
+    return np.array(ids + [0] * (size - len(ids)), dtype=np.int32)
 
 
 def stored(buffer: Tensor, values: Tensor, rows: slice | None = None) -> Tensor:
@@ -56,17 +70,7 @@ class KVCache:
 
 
 class KVChain(KVCache):
-    """A cache that several steps of one graph write, one after the other: each sees what those before it wrote.
-
-    It is written by kernels: of plain stores into slices of one buffer, the scheduler orders only one.
-    """
-
-    def write(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
-        """As `KVCache.write`."""
-        position, end = after(Tensor(start, dtype=dtypes.int32, device=k.device).reshape(1)), start + k.shape[0]
-        k, v = (x.reshape(k.shape[0], -1).contiguous() for x in (k, v))
-        self.wrote(rows_stored((k, 0), self.keys, position), rows_stored((v, 0), self.values, position))
-        return self.keys[:end], self.values[:end]
+    """A cache that several steps of one graph write, one after the other: each sees what those before it wrote."""
 
     def wrote(self, keys: Tensor, values: Tensor) -> None:
         object.__setattr__(self, "keys", keys)

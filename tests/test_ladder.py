@@ -32,7 +32,7 @@ EXPECTED = {
     "grouped": (136, 3),
     "draft": (166, 9),
     "mtp-hidden": (166, 9),
-    "mtp-kv": (151, 10),
+    "mtp-kv": (148, 8),
 }
 
 

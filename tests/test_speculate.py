@@ -1,4 +1,5 @@
 """Drafting changes nothing but the speed: texts, states and distributions are those of the model alone."""
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,13 +11,13 @@ from oracle import difference, prompt
 from tinygrad import Tensor, TinyJit
 
 from minillama.engine import Engine
-from minillama.gguf import GGUF
 from minillama.measure import Counts, calls_of
 from minillama.pace import AGAIN, TRIALS, Pace
 from minillama.recipe import DRAFTS, Recipe
 from minillama.sampling import Sampler
 from minillama.speculate import verify_greedy, verify_sampled
 
+pytestmark = pytest.mark.timeout(600)       # many graphs are built
 host = pytest.mark.host
 SHIPPED = oracle.HERE.parent.parent / "data" / "minillama-coder-Q8_0.gguf"
 TEXTS = ("def fibonacci(n):\n", "import numpy as np\n\n\nclass Stack:\n    def __init__(self", "for key, value in ")
@@ -95,6 +96,16 @@ def test_generate_stops_where_it_is_told_to_and_goes_on_from_there():
         assert found == wanted and drafting.position == plain.position
         ids = [wanted[-1], *more]
     assert list(drafting.generate(ids, 3)) == list(plain.generate(ids, 3))
+
+
+def test_a_text_that_the_block_has_not_read_can_be_continued():
+    """`all_logits` lengthens the text without the block, by more than a round's rows."""
+    plain, drafting = reference()
+    for engine in (plain, drafting):
+        engine.clear()
+        list(engine.generate(prompt(6, 5), 4))
+        engine.all_logits(prompt(8, 9))
+    assert list(drafting.generate([7], 6)) == list(plain.generate([7], 6))
 
 
 def test_generate_ends_with_the_context():
@@ -252,10 +263,12 @@ def test_a_length_between_is_taken_where_later_drafts_are_never_kept():
 
 
 @host
-def test_drafts_ask_for_a_block_and_for_memories_that_step_back(monkeypatch):
+def test_drafts_ask_for_what_they_need():
     assert Recipe(draft="3").draft == 3 and Recipe.parse("draft=2").names()["draft"] == "2"
     for wrong, said in (({"draft": 5}, "0 to 4"), ({"draft": 1, "delta": "chunked"}, "delta=fused"),
                         ({"draft": 1, "capture": "prune"}, "capture=jit"), ({"draft": "two"}, "0 to 4")):
         with pytest.raises(ValueError, match=said):
             Recipe(**wrong)
-    assert GGUF(SHIPPED).metadata["qwen3next.nextn_predict_layers"] == 1
+    engine = oracle.shared_engine()
+    with pytest.raises(ValueError, match="no multi-token-prediction block"):
+        Engine(replace(engine.weights, mtp=None), engine.config, Recipe(draft=1), context=oracle.CONTEXT)
