@@ -45,7 +45,7 @@ def drafts_section(texts: list[Result], speeds: list[Result]) -> list[str]:
                   text_table(texts)]
     for result in speeds:
         parts += [f"In speed alone: {result.model.name} ({result.model.format}) on {device_of(result)}. Drafts are "
-                  "kept by chance, with probability `accept` at each place; llama.cpp's column is a run of its own with "
-                  "nearly every draft rejected.",
+                  "kept by chance, with probability `accept` at each place; llama.cpp's column is a run of its own "
+                  "with nearly every draft rejected.",
                   speed_table(result)]
     return parts
