@@ -66,13 +66,13 @@ def judge(path: Path, label: str, original: GGUF) -> bool:
     """Opens the file under clock and memory count; asserts a clean refusal (False) or a right answer (True)."""
     file, size = None, path.stat().st_size
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         file = open_checked(path)
     except GGUFError as error:
         text = str(error)
         assert text.startswith(f"{path}: ") and "\n" not in text and len(text) < len(str(path)) + 300, (label, text)
-    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seconds < SECONDS, f"{label}: {seconds:.2f} s"
     assert peak <= size + SLACK, f"{label}: {peak} bytes allocated for a file of {size}"

@@ -1,8 +1,6 @@
 """The engine against golden values made by tools that are not ours: transformers and llama.cpp (tests/reference)."""
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -10,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import FORMAT_TOLERANCE, FORMATS, LENGTHS, TOLERANCE, difference, golden, needed
+from processes import processor_time
 from tinygrad import Tensor, TinyJit, UOp
 
 from minillama.engine import Engine
@@ -210,9 +209,7 @@ print(token, *(time / 1e9 for time in (clocks.build, clocks.compile, clocks.run)
 def test_the_first_token_of_a_new_process_comes_soon(record_property):
     """The limit is loose, since other work may share the machine: on two idle cores it is some seconds."""
     code = FIRST_TOKEN.format(path=str(oracle.HERE / "ref-a-F32.gguf"), ids=A["tokens_64"].tolist())
-    start = time.perf_counter()
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"DEV": "CPU"})
-    seconds = time.perf_counter() - start
+    run, seconds = processor_time([sys.executable, "-c", code], os.environ | {"DEV": "CPU"})
     assert run.returncode == 0, run.stderr
     token, *clocks = run.stdout.split()
     for name, value in zip(("build", "compile", "run"), clocks, strict=True):

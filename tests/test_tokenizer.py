@@ -180,9 +180,9 @@ def test_every_case_of_the_real_qwen_vocabulary_equals_llama_cpps_answer():
     texts = Path(f"{stem}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     answers = Path(f"{stem}.out").read_text().split("\n")
     file = GGUF(stem)
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer = Tokenizer.from_gguf(file)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert len(texts) == len(answers) > 40 and tokenizer.vocab_size == 151936
     for text, answer in zip(texts, answers, strict=True):
         ids = tokenizer.encode(text)
