@@ -18,7 +18,8 @@ def check_mixed(yours: Callable[[Tensor, Tensor, Tensor], Tensor]) -> bool:
         q, k, v = inputs(*shape)
         got = yours(q, k, v)
         if not isinstance(got, Tensor) or got.shape != shape:
-            return f"q, k, v of shape {shape}: expected a tensor of that shape, got {got!r:.60}"
+            what = f"one of shape {got.shape}" if isinstance(got, Tensor) else f"{got!r:.60}"
+            return f"q, k, v of shape {shape}: expected a tensor of that shape, got {what}"
         wanted = np.tril(q.numpy() @ k.numpy().transpose(0, 2, 1) * shape[-1] ** -0.5) @ v.numpy()
         off = np.abs(got.numpy() - wanted).max()
         return None if off < 1e-3 else f"q, k, v of shape {shape}: off by {off:.3g}"
@@ -61,7 +62,8 @@ def check_commutes(yours: Callable[[Callable[[np.ndarray], np.ndarray]], bool]) 
         f, wanted = functions[name]
         got = yours(f)
         if not isinstance(got, (bool, np.bool_)):
-            return f"expected True or False, got {got!r:.60}"
+            what = f"an array of shape {got.shape}" if isinstance(got, np.ndarray) else f"{got!r:.60}"
+            return f"expected one True or False, got {what}"
         return None if got == wanted else f"expected {wanted}, got {bool(got)}"
     return examine("commutes", {name: lambda name=name: case(name) for name in functions})
 
@@ -71,7 +73,7 @@ def check_reads_to_pay(yours: Callable[[float, float, float], int]) -> bool:
     def case(copy: float, strided: float, tidy: float, wanted: int) -> str | None:
         got = yours(copy, strided, tidy)
         if not isinstance(got, int) or isinstance(got, bool):
-            return f"expected a whole number, got {got!r:.60}"
+            return f"expected a whole number, an int, got {got!r:.60}"
         said = f"copy {copy:g} s, strided {strided:g} s, tidy {tidy:g} s"
         return None if got == wanted else f"{said}: expected {wanted}, got {got}"
     return examine("reads_to_pay", {

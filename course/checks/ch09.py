@@ -11,7 +11,8 @@ def check_graphs(yours: Callable[[list[int], tuple[int, ...]], tuple[int, int]])
         got = yours(list(lengths), sizes)
         if not isinstance(got, tuple) or len(got) != 2:
             return f"expected a pair of numbers, got {got!r:.60}"
-        return None if got == wanted else f"prompts of {lengths}, sizes {sizes}: expected {wanted}, got {got}"
+        said = f"{lengths}" if len(lengths) < 10 else f"{lengths[0]}, {lengths[1]}, … {lengths[-1]}"
+        return None if got == wanted else f"prompts of {said}, sizes {sizes}: expected {wanted}, got {got}"
     return examine("graphs", {
         "one prompt that fills a batch": lambda: case([64], (512, 64, 8, 1), (1, 1)),
         "the same length twice": lambda: case([64, 64], (512, 64, 8, 1), (1, 1)),
@@ -44,7 +45,7 @@ def check_groups(yours: Callable[[list], list[int]]) -> bool:
     def case(text: str, wanted: list[int]) -> str | None:
         pairs = [part.split("->") for part in text.split(";")]
         got = yours([Kernel(frozenset(reads.split()), frozenset(writes.split())) for reads, writes in pairs])
-        return None if got == wanted else f"of [{text}] expected groups of {wanted}, got {got!r:.60}"
+        return None if got == wanted else f"of [{text}] expected the list {wanted}, got {got!r:.60}"
     return examine("groups", {
         "three that share nothing": lambda: case("a -> x; b -> y; c -> z", [3]),
         "all read the same": lambda: case("a -> x; a -> y; a -> z", [3]),

@@ -41,7 +41,8 @@ def check_row_logits(yours: Callable[[Tensor, Tensor, UOp], Tensor]) -> bool:
     def case(rows: int) -> str | None:
         got = yours(*tensors, valid.bind(rows))
         if not isinstance(got, Tensor) or got.shape != (64,):
-            return f"expected a tensor (64,), got {got!r:.60}"
+            what = f"one of shape {got.shape}" if isinstance(got, Tensor) else f"{got!r:.60}"
+            return f"expected a tensor of shape (64,), got {what}"
         off = np.abs(got.numpy() - head @ hidden[rows - 1]).max()
         return None if off < 1e-4 else f"{rows} of 8 rows are text: off by {off:.3g} from row {rows - 1}'s logits"
 
@@ -58,7 +59,7 @@ def check_rows_needed(yours: Callable[[str, int, int, int], int]) -> bool:
         got = yours(part, layer, layers, tokens)
         if isinstance(got, int) and got == wanted:
             return None
-        return f"{part}, layer {layer} of {layers}, {tokens} tokens: expected {wanted}, got {got!r:.40}"
+        return f"{part}, layer {layer} of {layers}, {tokens} tokens: expected the int {wanted}, got {got!r:.40}"
 
     def last(*parts: str, wanted: int) -> str | None:
         return next(filter(None, (case(part, 7, wanted) for part in parts)), None)

@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import Ops, UOp
 
 from checks import examine
 from minillama.measure import counts_of
@@ -29,8 +29,22 @@ def _compared(got: np.ndarray, wanted: np.ndarray) -> str | None:
     return f"at {at} expected {wanted[at]:.4g}, got {got[at]:.4g}"
 
 
-def _a_kernel(made) -> str | None:
-    return None if isinstance(made, UOp) else f"a kernel returns a UOp (what `.sink(...)` gives), not {made!r:.40}"
+class NotAKernel(TypeError):
+    """What a learner's function returned is no kernel; the message says why."""
+
+
+def checked(yours: Kernel) -> Kernel:
+    """`yours`, with a sentence in place of tinygrad's own error where what it returns is no kernel."""
+    def kernel(*buffers: UOp) -> UOp:
+        made = yours(*buffers)
+        if not isinstance(made, UOp) or made.op is not Ops.SINK:
+            what = made.op.name if isinstance(made, UOp) else f"{made!r:.40}"
+            raise NotAKernel(f"a kernel returns a UOp (what `.sink(...)` gives), not {what}")
+        if made.ranges:
+            ends = ", ".join(f"number {r.arg[0]}" for r in made.ranges)
+            raise NotAKernel(f"a range is still open ({ends}): `.reduce(...)` sums over it, `.end(...)` closes it")
+        return made
+    return kernel
 
 
 def check_answer(yours: Kernel) -> bool:
@@ -38,20 +52,10 @@ def check_answer(yours: Kernel) -> bool:
     rng = np.random.default_rng(0)
 
     def case(memory: np.ndarray, query: np.ndarray, keep: float) -> str | None:
-        kinds = []
-
-        def kernel(*buffers: UOp) -> UOp:
-            made = yours(*buffers)
-            if wrong := _a_kernel(made):
-                kinds.append(wrong)
-                raise TypeError(wrong)
-            return made
         try:
-            got, _ = _run(kernel, 64, memory, query, np.array([keep]))
-        except TypeError:
-            if kinds:
-                return kinds[0]
-            raise
+            got, _ = _run(checked(yours), 64, memory, query, np.array([keep]))
+        except NotAKernel as wrong:
+            return str(wrong)
         return _compared(got, keep * memory.T @ query)
 
     return examine("answer", {
@@ -70,10 +74,13 @@ def check_row_sums(yours: Callable[[int, int, int], Kernel]) -> bool:
         kernel = yours(first, row_step, column_step)
         if not callable(kernel):
             return f"expected a kernel, a function of (out, x), got {kernel!r:.40}"
-        got, _ = _run(kernel, 16, x)
+        try:
+            got, _ = _run(checked(kernel), 16, x)
+        except NotAKernel as wrong:
+            return str(wrong)
         at = first + np.arange(16)[:, None] * row_step + np.arange(8) * column_step
-        wrong = _compared(got, x[at].sum(1))
-        return wrong and f"first {first}, row_step {row_step}, column_step {column_step}: {wrong}"
+        off = _compared(got, x[at].sum(1))
+        return off and f"first {first}, row_step {row_step}, column_step {column_step}: {off}"
     return examine("row_sums", {
         "tidy rows": lambda: case(0, 8, 1), "eight columns of a buffer that is 32 wide": lambda: case(4, 32, 1),
         "a transposed matrix": lambda: case(0, 1, 16), "the same row, sixteen times": lambda: case(40, 0, 1),

@@ -6,6 +6,7 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
 from checks import examine, expects
+from checks.ch11 import NotAKernel, checked
 from minillama.blocks import FORMATS, pack, unpack
 from minillama.kernels.packed import Packed
 
@@ -52,7 +53,10 @@ def check_kernel_q8_0(yours: Callable[[UOp, UOp, UOp, UOp], UOp]) -> bool:
     def case(blocks: np.ndarray, rows: int, columns: int) -> str | None:
         weight, values = _packed(blocks, rows, columns), unpack(blocks.reshape(-1), Q8_0, (rows, columns))
         x = np.random.default_rng(1).standard_normal(columns).astype(np.float32)
-        out = Tensor.empty(rows).custom_kernel(Tensor(x).realize(), *weight.arrays, fxn=yours)[0].numpy()
+        try:
+            out = Tensor.empty(rows).custom_kernel(Tensor(x).realize(), *weight.arrays, fxn=checked(yours))[0].numpy()
+        except NotAKernel as wrong:
+            return str(wrong)
         wanted = values.astype(np.float64) @ x
         size = np.abs(values) @ np.abs(x) + 1e-30                           # what rounding is measured against
         off = np.abs(out - wanted) / size

@@ -40,6 +40,8 @@ def check_survivors(yours: Callable[[int, int], list[int]]) -> bool:
             ring[position % slots] = position
         wanted = sorted(held for held in ring if held is not None)
         got = yours(slots, drafts)
+        if not isinstance(got, list):
+            return f"expected a list of positions, got {got!r:.40}"
         return None if got == wanted else f"{slots} slots, {drafts} drafts: expected {wanted}, got {got!r:.60}"
     return examine("survivors", {
         "room for all": lambda: case(4, 2), "room to spare": lambda: case(7, 2),

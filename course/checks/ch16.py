@@ -12,7 +12,7 @@ def check_rows_computed(yours: Callable[[int, int, int], list[bool]]) -> bool:
     def case(block: int, blocks: int, tokens: int) -> str | None:
         got = yours(block, blocks, tokens)
         if not isinstance(got, list) or len(got) != tokens or not all(isinstance(row, bool) for row in got):
-            return f"expected a list of {tokens} True or False, got {got!r:.60}"
+            return f"expected a list of {tokens} Python bools (an array's tolist() gives them), got {got!r:.60}"
         wanted = [block + 1 < blocks or row == tokens - 1 for row in range(tokens)]
         wrong = [row for row in range(tokens) if got[row] != wanted[row]]
         if not wrong:

@@ -1,12 +1,16 @@
 """A hand-written kernel's source for devices that are not here: rendered as tinygrad would, never compiled."""
+from dataclasses import dataclass
+from math import prod
+
 from tinygrad import Tensor
 from tinygrad.codegen import to_program
 from tinygrad.device import Compiler
 from tinygrad.helpers import Target
-from tinygrad.renderer.cstyle import CStyleLanguage, CUDARenderer, MetalRenderer, OpenCLRenderer
+from tinygrad.renderer.cstyle import ClangRenderer, CStyleLanguage, CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
 
-LANGUAGES = {"METAL": (MetalRenderer, "Apple9"), "CUDA": (CUDARenderer, "sm_90"), "CL": (OpenCLRenderer, "")}
+LANGUAGES = {"METAL": (MetalRenderer, "Apple9"), "CUDA": (CUDARenderer, "sm_90"), "CL": (OpenCLRenderer, ""),
+             "CPU": (ClangRenderer, "x86_64")}
 
 
 class Keeper(Compiler):
@@ -20,7 +24,7 @@ class Keeper(Compiler):
 
 
 def renderer(backend: str) -> CStyleLanguage:
-    """Writes Metal, CUDA or OpenCL; the compiler behind it is a stand-in."""
+    """Writes Metal, CUDA, OpenCL or C; the compiler behind it is a stand-in."""
     language, arch = LANGUAGES[backend]
     made = object.__new__(language)         # whose own __init__ would ask for the device's compiler
     CStyleLanguage.__init__(made, Target(backend, arch=arch, interface="rendered"))     # unlike any real one
@@ -28,8 +32,22 @@ def renderer(backend: str) -> CStyleLanguage:
     return made
 
 
-def sources(result: Tensor) -> list[str]:
-    """The sources of the hand-written kernels behind a tensor that nobody has realized, in order, for the device on
-    which its buffers claim to be: make them with `Tensor.empty(..., device="METAL")`, and no device is asked."""
+@dataclass(frozen=True)
+class Program:
+    """A rendered kernel: its source, and how many blocks of how many threads run it."""
+    source: str
+    blocks: int
+    threads: int
+
+
+def programs(result: Tensor) -> list[Program]:
+    """The hand-written kernels behind a tensor that nobody has realized, in order, for the device on which its buffers
+    claim to be: make them with `Tensor.empty(..., device="METAL")`, and no device is asked."""
     calls = [node for node in result.uop.toposort() if node.op is Ops.CALL and node.src[0].op is Ops.SINK]
-    return [to_program(call.src[0], renderer(result.device)).src[2].arg for call in calls]
+    made = [to_program(call.src[0], renderer(result.device)) for call in calls]
+    return [Program(one.src[2].arg, prod(one.arg.global_size), prod(one.arg.local_size)) for one in made]
+
+
+def sources(result: Tensor) -> list[str]:
+    """The sources alone."""
+    return [program.source for program in programs(result)]
