@@ -68,7 +68,8 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "a position or a state that is no input is frozen without a word: compare at several positions")),
     ("unpruned", "10", "what does not pay goes back", {"capture": "jit"}, Ledger(
         "the logits are the same", "on CUDA no input has to be set anew at each replay", "on CUDA",
-        "a graph that prepares weights in every step, which ours does not", "`capture=prune`",
+        "packed prompts: each batch unpacks every matrix; pruned, that is done once, and kept as floats",
+        "`capture=prune`",
         "a rung up that takes something back looks like progress: compare it with the rung before `pruned` as well")),
     ("fused-projections", "11", "one product per input, not one per weight", {"projections": "fused"}, Ledger(
         "rows of a product do not know of each other", "x is read once, and one kernel starts where four did",
@@ -82,7 +83,7 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("packed", "12", "llama.cpp's quantized products: blocks unpacked in the kernel", {"weights": "packed"}, Ledger(
         "each format gives its own golden logits", "a weight of 4.5 bits is read as 4.5 bits, not as 32",
         "decoding, where reading weights is nearly all of the time",
-        "not seen to lose yet; a prompt's batch unpacks every matrix once, which plain weights need not",
+        "a few to sixteen tokens at once, where sums cost more than bytes; a prompt unpacks every matrix once a batch",
         "`weights=float`",
         "a model that fits into the cache is not read from memory at all")),
     ("grouped", "13", "ggml_mul_mat_id for batches: rows sorted by expert", {"experts": "grouped"}, Ledger(

@@ -20,6 +20,8 @@ def check_changing(yours: Callable[[list[Kernel], set[str]], list[Kernel]]) -> b
         "a chain": ([kernel("a", "x", "t"), kernel("b", "t", "u"), kernel("c", "u w", "out")], "a b c"),
         "a state that a changing kernel wrote": (
             [kernel("write", "x", "state"), kernel("read", "state", "out"), kernel("table", "w", "t")], "write read"),
+        "a constant in place of what a changing kernel wrote": (
+            [kernel("write", "x", "t"), kernel("clear", "w", "t"), kernel("read", "t", "out")], "write clear read"),
     }
 
     def case(kernels: list[Kernel], wanted: str) -> str | None:

@@ -3,12 +3,10 @@ from collections.abc import Callable
 
 import numpy as np
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import Ops, UOp
 
 from checks import examine
+from checks.kernels import Kernel, NotAKernel, checked
 from minillama.measure import counts_of
-
-Kernel = Callable[..., UOp]
 
 
 def _run(kernel: Kernel, size: int, *inputs: np.ndarray) -> tuple[np.ndarray, int]:
@@ -27,24 +25,6 @@ def _compared(got: np.ndarray, wanted: np.ndarray) -> str | None:
         return None
     at = int(np.where(np.isfinite(off), off, np.inf).argmax())
     return f"at {at} expected {wanted[at]:.4g}, got {got[at]:.4g}"
-
-
-class NotAKernel(TypeError):
-    """What a learner's function returned is no kernel; the message says why."""
-
-
-def checked(yours: Kernel) -> Kernel:
-    """`yours`, with a sentence in place of tinygrad's own error where what it returns is no kernel."""
-    def kernel(*buffers: UOp) -> UOp:
-        made = yours(*buffers)
-        if not isinstance(made, UOp) or made.op is not Ops.SINK:
-            what = made.op.name if isinstance(made, UOp) else f"{made!r:.40}"
-            raise NotAKernel(f"a kernel returns a UOp (what `.sink(...)` gives), not {what}")
-        if made.ranges:
-            ends = ", ".join(f"number {r.arg[0]}" for r in made.ranges)
-            raise NotAKernel(f"a range is still open ({ends}): `.reduce(...)` sums over it, `.end(...)` closes it")
-        return made
-    return kernel
 
 
 def check_answer(yours: Kernel) -> bool:

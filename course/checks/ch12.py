@@ -6,7 +6,7 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
 from checks import examine, expects
-from checks.ch11 import NotAKernel, checked
+from checks.kernels import NotAKernel, checked
 from minillama.blocks import FORMATS, pack, unpack
 from minillama.kernels.packed import Packed
 

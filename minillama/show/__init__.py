@@ -61,7 +61,7 @@ def logarithmic(axes: Axes, *names: str) -> None:
         axis = getattr(axes, f"{name}axis")
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}" if value < 1e5 else f"{value:.0e}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}" if value < 1e7 else f"{value:.0e}"))
         axis.set_minor_formatter(NullFormatter())
 
 

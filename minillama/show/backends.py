@@ -10,11 +10,12 @@ LEVELS = (("blocks", BLUE, ""), ("threads in a block", ORANGE, "//"), ("products
 
 
 def shares(grids: Mapping[str, tuple[int, int]], products: int, title: str) -> Figure:
-    """A bar for each backend, its grid (blocks, threads in a block); lengths multiply to the products of the kernel."""
+    """A bar for each backend, its grid (blocks, threads in a block); lengths multiply to the kernel's products."""
     figure, axes = canvas(title, 7.6, 2.6)
     for place, (blocks, threads) in enumerate(grids.values()):
         start = 1
-        for (name, colour, hatch), count in zip(LEVELS, (blocks, threads, products // (blocks * threads)), strict=True):
+        counts = blocks, threads, products // (blocks * threads)
+        for (name, colour, hatch), count in zip(LEVELS, counts, strict=True):
             if count > 1:
                 axes.barh(place, start * count - start, left=start, color=colour, hatch=hatch, alpha=0.65,
                           edgecolor="white", label=name if name not in axes.get_legend_handles_labels()[1] else None)

@@ -1,6 +1,7 @@
 """Pictures of chapter 08: a captured graph with its copies marked, what falls as they go, and what others gained."""
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -166,7 +167,7 @@ def gains(by_machine: Mapping[str, Mapping[str, float]], tests: Sequence[str], t
     """How many times faster each test runs without copies, a marker for each machine."""
     figure, axes = canvas(title, width=7.6, height=3.4)
     axes.axvline(1, color=BLACK, linewidth=0.8)
-    for (name, gain), (colour, marker) in zip(by_machine.items(), MACHINES, strict=False):
+    for (name, gain), (colour, marker) in zip(by_machine.items(), cycle(MACHINES), strict=False):
         rows = [row for row, test in enumerate(tests) if test in gain]
         axes.plot([gain[tests[row]] for row in rows], rows, marker, color=colour, markersize=8, label=name,
                   markerfacecolor="none" if marker in "os^D" else colour)
