@@ -124,8 +124,11 @@ def test_the_waterfall_has_a_bar_a_rung_and_a_marker_a_machine():
     results = read_results("ladder", local=False)
     figure = steps.waterfall(results)
     kernels, moved, times = figure.axes
-    rows = steps.rows_of(results[0], "tg")
+    rows = steps.of_all(results, "tg")
     assert [rung.name for rung in LADDER if rung.name in rows] == [name for name in rows if ", " not in name]
+    assert set(rows) == {name for result in results for name in steps.rows_of(result, "tg")}
+    longest = max((steps.rows_of(result, "tg") for result in reversed(results)), key=len)
+    assert all(rows[name] == row for name, row in longest.items())
     assert bars(kernels)[::2] == [row.counts.kernels / row.tokens for row in rows.values()]
     assert bars(kernels)[1::2] == [row.counts.copies / row.tokens for row in rows.values()]
     assert bars(moved) == [row.counts.bytes / row.tokens / 1e6 for row in rows.values()]
@@ -138,7 +141,7 @@ def test_the_waterfall_has_a_bar_a_rung_and_a_marker_a_machine():
 def test_the_waterfall_so_far_is_pale_below_the_rung_that_is_reached():
     results = read_results("ladder", local=False)
     axes = steps.waterfall(results, so_far="gathered").axes[1]
-    names = list(steps.rows_of(results[0], "tg"))
+    names = list(steps.of_all(results, "tg"))
     pale = [name for name, patch in zip(names, axes.patches, strict=True) if patch.get_alpha() < 1]
     assert pale == [name for name in names[names.index("gathered") + 1:] if ", " not in name]
     with pytest.raises(ValueError, match="not among the rungs"):

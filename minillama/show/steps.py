@@ -15,6 +15,7 @@ from matplotlib.pyplot import close, subplots
 from tinygrad import Context, Tensor
 
 from minillama.engine import Engine
+from minillama.ladder import LADDER
 from minillama.marks import Marks
 from minillama.measure import Call, Counts, seconds_of_calls
 from minillama.results import Result, Row
@@ -177,6 +178,15 @@ def rows_of(result: Result, kind: str) -> dict[str, Row]:
     return {rung: row for (rung, _, test), row in zip(split, result.rows, strict=True) if test.startswith(kind)}
 
 
+def of_all(results: Sequence[Result], kind: str) -> dict[str, Row]:
+    """Every rung that any ladder has, in the ladder's order; where several have it, as the longest counted it."""
+    found: dict[str, Row] = {}
+    for rows in sorted((rows_of(result, kind) for result in results), key=len):
+        found |= rows
+    order = {rung.name: place for place, rung in enumerate(LADDER)}
+    return {name: found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))}
+
+
 def microseconds(row: Row) -> tuple[float, float]:
     """Of one token: building and running together, and running alone (as its own clock had it)."""
     whole = median(row.samples_ns) / row.tokens / 1e3
@@ -187,13 +197,13 @@ def microseconds(row: Row) -> tuple[float, float]:
 def waterfall(results: list[Result], kind: str = "tg", so_far: str | None = None, title: str = "") -> Figure:
     """The ladder of stored results: kernels, bytes and time of one token, rung by rung, from the top down.
 
-    Kernels and bytes are those of the first result, copies hatched; time is drawn for every machine: filled, building
-    and running; open, running alone. `so_far` names the rung that the course has reached: those below are pale. Rows
+    Kernels and bytes are those of the longest ladder, copies hatched; time is drawn for every machine: filled,
+    building and running; open, running alone. `so_far` names the rung that the course has reached: those below are pale. Rows
     that are no rungs ("naive, captured", to compare running with running) come last, under a line.
     """
     if not results:
         raise ValueError("no ladder is stored: `make ladder` measures one")
-    rows = rows_of(results[0], kind)
+    rows = of_all(results, kind)
     names = list(rows)
     if so_far is not None and so_far not in names:
         raise ValueError(f"{so_far!r} is not among the rungs {names}")
