@@ -198,8 +198,8 @@ def waterfall(results: list[Result], kind: str = "tg", so_far: str | None = None
     """The ladder of stored results: kernels, bytes and time of one token, rung by rung, from the top down.
 
     Kernels and bytes are those of the longest ladder, copies hatched; time is drawn for every machine: filled,
-    building and running; open, running alone. `so_far` names the rung that the course has reached: those below are pale. Rows
-    that are no rungs ("naive, captured", to compare running with running) come last, under a line.
+    building and running; open, running alone. `so_far` names the rung that the course has reached: those below are
+    pale. Rows that are no rungs ("naive, captured", to compare running with running) come last, under a line.
     """
     if not results:
         raise ValueError("no ladder is stored: `make ladder` measures one")
