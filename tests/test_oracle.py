@@ -207,7 +207,7 @@ print(token, *(time / 1e9 for time in (clocks.build, clocks.compile, clocks.run)
 @pytest.mark.host
 @pytest.mark.slow
 def test_the_first_token_of_a_new_process_comes_soon(record_property):
-    """The limit is loose, since other work may share the machine: on two idle cores it is some seconds."""
+    """Processor time, so that other work does not count; the limit is loose: it is some seconds."""
     code = FIRST_TOKEN.format(path=str(oracle.HERE / "ref-a-F32.gguf"), ids=A["tokens_64"].tolist())
     run, seconds = processor_time([sys.executable, "-c", code], os.environ | {"DEV": "CPU"})
     assert run.returncode == 0, run.stderr

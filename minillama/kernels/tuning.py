@@ -20,6 +20,7 @@ class Spread:
 
 
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
+# CL (PoCL) and CPU: measured on a server's CPU of two cores
 SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(2, 1, 8, 1)}
 SHARING = ("CUDA", "METAL", "NV", "AMD")
 

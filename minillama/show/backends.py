@@ -57,7 +57,5 @@ def buffers(source: str) -> int:
 
 
 def shared_bytes(source: str) -> int:
-    """Bytes of float32 that the threads of a block of a rendered kernel share."""
-    declared = re.findall(r"^ *(?:threadgroup|__shared__|__local)\b[^;(]*?(?:\(.*?\)\)\) *)?float buf\d+\[(\d+)\];",
-                          source, re.M)
-    return 4 * sum(map(int, declared))
+    """Bytes of float32 that the threads of a block share, of a kernel rendered for Metal."""
+    return 4 * sum(map(int, re.findall(r"threadgroup\s+(?:__attribute__\S+\s+)?float\s+\w+\[(\d+)\]", source)))

@@ -5,6 +5,7 @@ these are known; `captured_step` makes one of an engine's step, with everything.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 
 import numpy as np
@@ -220,7 +221,7 @@ def waterfall(results: list[Result], kind: str = "tg", so_far: str | None = None
     panels[0].set_title("kernels (hatched: copies)", fontsize=9)
     _bars(panels[1], [row.counts.bytes / row.tokens / 1e6 for row in rows.values()], alphas)
     panels[1].set_title("MB moved", fontsize=9)
-    for result, (colour, marker) in zip(results, MACHINES, strict=False):
+    for result, (colour, marker) in zip(results, cycle(MACHINES), strict=False):
         _times(panels[2], result, names, kind, alphas, colour, marker)
     logarithmic(panels[2], "x")
     panels[2].set_title("µs (filled: all of it, open: running alone)", fontsize=9)
