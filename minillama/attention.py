@@ -13,6 +13,8 @@ from minillama.layers import FEW, columns, linear, project, rms_norm, rope
 from minillama.state import KVChain
 from minillama.weights import AttentionWeights, Weight
 
+BLOCK = 64      # rows of a cache that a prompt looks at together
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
     """Causal attention of tokens start.. over positions 0 .. start + tokens.
@@ -35,6 +37,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int | UOp) -> Tensor:
     return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
 
 
+def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, start: int | UOp) -> Tensor:
+    """`attend` for many tokens at a position that is a variable: over all rows of a cache (positions, kv_heads, dim),
+    positions a multiple of BLOCK, whose rows behind the text may hold anything.
+
+    The rows that count are taken in whole blocks. Of their number only that of the blocks varies, and what has a fixed
+    size can be cut into tiles: measured, 4 times as fast on a CPU as with a varying number of rows.
+    """
+    (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
+    group, most = heads // kv_heads, positions // BLOCK
+    blocks = (start + (tokens + BLOCK - 1)) // BLOCK
+    k, v = (rows.reshape(most, BLOCK, kv_heads, dim)[:blocks].permute(0, 2, 1, 3).float() for rows in (keys, values))
+    q = q.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
+    scores = q.contiguous() @ k.transpose(-1, -2) * dim ** -0.5             # (blocks, kv_heads, group * tokens, BLOCK)
+    seen = Tensor.arange(positions).reshape(most, 1, 1, 1, BLOCK)[:blocks] <= (
+        Tensor.arange(tokens).reshape(1, 1, 1, tokens, 1) + start)
+    scores = seen.where(scores.reshape(blocks, kv_heads, group, tokens, BLOCK), float("-inf")).contiguous()
+    parts = (scores - scores.max((0, -1), keepdim=True)).exp().contiguous()
+    out = (parts.reshape(blocks, kv_heads, group * tokens, BLOCK) @ v).sum(0)       # (kv_heads, group * tokens, dim)
+    out = out / parts.sum((0, -1)).reshape(kv_heads, group * tokens, 1)
+    return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
+
+
 def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor) -> tuple[Tensor, ...]:
     """The projections of x (tokens, ..., hidden): q, gate (tokens, heads, dim) and k, v (tokens, kv_heads, dim).
 
@@ -52,12 +76,15 @@ def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor
               cache=None, residual: Tensor | None = None) -> Tensor:
     """One gated attention mixer, plus `residual`. x (tokens, ..., hidden) at positions start..; returns that shape.
 
-    `cache.write(k, v, start)` stores the new rows and returns all rows so far; without a cache the text starts here.
+    `cache.write(k, v, start)` stores the new rows and returns all rows so far, `cache.store` all rows there are;
+    without a cache the text starts here.
     """
     q, gate, k, v = keys_and_values(x, w, config, table)
-    if cache is not None:
-        k, v = cache.write(k, v, start)
-    out = attend(q, k, v, start) * gate.sigmoid()
+    if cache is not None and x.shape[0] > 1 and isinstance(start, UOp) and cache.keys.shape[0] % BLOCK == 0:
+        out = attend_in_blocks(q, *cache.store(k, v, start), start)
+    else:
+        out = attend(q, *((k, v) if cache is None else cache.write(k, v, start)), start)
+    out = out * gate.sigmoid()
     return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)
 
 

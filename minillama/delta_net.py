@@ -60,22 +60,27 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
 
     q, k, v = chunks(share_heads(q, heads) * dim ** -0.5), chunks(share_heads(k, heads)), chunks(v)
     beta = chunks(beta).unsqueeze(-1)                                       # (heads, chunks, chunk, 1)
-    total = chunks(g).cumsum(axis=-1).unsqueeze(-1)                         # log decay since the chunk began
-    since = (total - total.transpose(-1, -2)).tril().exp().tril()           # (.., i, j): decay from token j to token i
-    among = (k * beta) @ k.transpose(-1, -2) * since                        # what write j leaves at key i
+    # what several products read, or a product in all of its rows, is computed once: hence every `contiguous`
+    total = chunks(g).cumsum(axis=-1).contiguous().unsqueeze(-1)            # log decay since the chunk began
+    since = (total - total.transpose(-1, -2)).tril().exp().tril().contiguous()      # (.., i, j): decay from j to i
+    told = (k * beta).contiguous()
+    among = told @ k.transpose(-1, -2) * since                              # what write j leaves at key i
     solve = inverse_of_unit_lower(among.tril(-1).contiguous())
-    write = solve @ (v * beta)                                              # (heads, chunks, chunk, dim)
-    erase = solve @ (k * beta * total.exp())                                # what the incoming state adds to it
+    write = (solve @ (v * beta).contiguous()).contiguous()                  # (heads, chunks, chunk, dim)
+    erase = (solve @ (told * total.exp()).contiguous()).contiguous()        # what the incoming state adds to it
     inside = (q @ k.transpose(-1, -2) * since).contiguous()                 # (heads, chunks, chunk, chunk)
-    reads = q * total.exp()
+    reads = (q * total.exp()).contiguous()
     end = total[..., -1:, :]                                                # (heads, chunks, 1, 1)
-    keys = (k * (end - total).exp()).transpose(-1, -2)                      # (heads, chunks, dim, chunk)
-    outs = []
+    keys = (k * (end - total).exp()).contiguous().transpose(-1, -2)         # (heads, chunks, dim, chunk)
+    states, news = [], []
     for n in range(tokens // chunk):
-        new = (write[:, n] - erase[:, n] @ state).contiguous()              # (heads, chunk, dim)
-        outs.append(reads[:, n] @ state + inside[:, n] @ new)
-        state = (state * end[:, n].exp() + keys[:, n] @ new).contiguous()
-    return Tensor.stack(*outs, dim=1).reshape(heads, tokens, dim).transpose(0, 1), state
+        states.append(state.contiguous())
+        news.append((write[:, n] - erase[:, n] @ state).contiguous())       # (heads, chunk, dim)
+        state = (state * end[:, n].exp() + keys[:, n] @ news[-1]).contiguous()
+    # the outputs of all chunks at once: stacked one by one, each would be computed in the place of every other
+    before, new = (Tensor.stack(*parts, dim=1).contiguous() for parts in (states, news))
+    out = (reads @ before).contiguous() + inside @ new                      # (heads, chunks, chunk, dim)
+    return out.reshape(heads, tokens, dim).transpose(0, 1), state
 
 
 def inverse_of_unit_lower(lower: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from tinygrad import Tensor, TinyJit, UOp, dtypes
 
 from minillama import program_cache, sampling
+from minillama.attention import BLOCK
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
 from minillama.kernels.packed import Packed
@@ -41,6 +42,7 @@ class Engine:
         self.weights, self.config, self.recipe, self.tokenizer = weights, config, recipe, tokenizer
         self.context, self.device, self.batches = min(context, config.context), device, batches
         positions = self.context + max(*batches, 2 * SLOTS + 2 * recipe.draft)  # a last batch may overrun the context
+        positions += -positions % BLOCK
         self.state = State.zeros(config, positions, device, SLOTS + recipe.draft if recipe.delta == "fused" else 0)
         self.table = rope_table(positions, config.rope_dim, config.rope_base, device)
         self.start = UOp.variable("start", 0, self.context)

@@ -60,8 +60,7 @@ def grouped(x: Tensor, w: ExpertWeights, ids: Tensor, probs: Tensor) -> Tensor:
     """As `gathered`, but tokens that picked the same expert share one reading of it. Arguments, result as `dense`."""
     if not isinstance(w.down, Packed):
         return gathered(x, w, ids, probs)       # plain weights have no kernel for it
-    sorted_ids = groups.group(ids, w.down.shape[0])
-    return groups.mixed(groups.gated(x, *w.pair(), sorted_ids, probs), w.down, sorted_ids)
+    return groups.experts(x, *w.pair(), w.down, groups.group(ids, w.down.shape[0]), probs)
 
 
 def plain(weight: Tensor | Packed) -> Tensor:

@@ -6,8 +6,8 @@ Everything here works on the last dimension alone, whatever stands before it: (t
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from minillama.kernels import product, tuning
-from minillama.kernels.packed import Packed, halves, in_halves, rows_of, unpacked
+from minillama.kernels import product, tensor_cores, tuning
+from minillama.kernels.packed import Packed, rows_of, unpacked
 from minillama.kernels.product import Column
 
 FEW = 16    # tokens up to which a packed weight is unpacked inside its product; a prompt shares one unpacked copy
@@ -42,15 +42,13 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
     """`linear` with a packed weight (rows, columns)."""
     shape = *x.shape[:-1], weight.rows
     x = x.reshape(-1, weight.columns)                                       # (tokens, columns)
+    more = None if residual is None else residual.reshape(-1, weight.rows)
     if x.shape[0] <= FEW:
-        more = None if residual is None else residual.reshape(-1, weight.rows)
         return product.linear(x, weight, more).reshape(shape)
-    if tuning.multiplies_halves(x.device, x.shape[0], weight.rows) and weight.format != "F32":
-        # A kernel of its own: fused with another product, it would not use those units.
-        y = halves(x).matmul(in_halves(weight).T, dtype=dtypes.float32).contiguous()
-    else:
-        y = x @ unpacked(weight).T                                          # (tokens, rows)
-    return y.reshape(shape) if residual is None else y.reshape(shape) + residual
+    if tuning.multiplies_halves(x.device, weight.rows) and tensor_cores.fits(weight) and x.shape[0] % 8 == 0:
+        return tensor_cores.linear(tensor_cores.halves(x), weight, more).reshape(shape)
+    y = x @ unpacked(weight).T                                              # (tokens, rows)
+    return (y if more is None else y + more).reshape(shape)
 
 
 def lookup(table: Tensor | Packed, ids: Tensor) -> Tensor:

@@ -4,14 +4,19 @@ tinygrad keeps compiled binaries on disk, but lowers every kernel again in every
 wants. Here the lowered programs go to disk as well, in tinygrad's own cache file, under the key by which tinygrad
 finds them in memory. Like its binaries they are this machine's ("native"): no folder to share between processors.
 CACHELEVEL=0 turns both off.
+
+Here, too, a program's counts become numbers. tinygrad multiplies a kernel's operations and bytes by the length of
+every loop around them; where that is something that the kernel loads, it would fail when it adds up.
 """
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from tinygrad import codegen
 from tinygrad.engine import realize
 from tinygrad.helpers import diskcache_get, diskcache_put
-from tinygrad.uop.ops import UOp
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import Ops, UOp, sint
 
 TABLE = f"minillama_programs_{version('tinygrad')}"      # lowering changes with every release
 
@@ -20,6 +25,21 @@ def disk_key(key: tuple) -> str:
     """tinygrad's key of a program as text: the kernel, the renderer, its target and the settings that shape code."""
     kernel, renderer, *settings = key
     return f"{kernel.hex()} {renderer.__module__}.{renderer.__qualname__} {settings!r}"
+
+
+def at_most(count: sint) -> sint:
+    """A count as it is, or the largest it can be where it depends on what is loaded."""
+    return int(count.vmax) if isinstance(count, UOp) and any(u.op is Ops.LOAD for u in count.toposort()) else count
+
+
+def countable(program: UOp) -> UOp:
+    """The program, its loops of unknown length counted as often as they can run."""
+    kernel, *rest = program.src
+    found = kernel.arg.estimates
+    bounds = found and Estimates(at_most(found.ops), at_most(found.lds), at_most(found.mem))
+    if bounds == found:
+        return program
+    return program.replace(src=(kernel.replace(arg=replace(kernel.arg, estimates=bounds)), *rest))
 
 
 class Programs(dict):
@@ -39,6 +59,7 @@ class Programs(dict):
         return program
 
     def __setitem__(self, key: Any, program: UOp) -> None:
+        program = countable(program)
         super().__setitem__(key, program)
         diskcache_put(TABLE, disk_key(key), program)
 

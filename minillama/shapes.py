@@ -117,28 +117,29 @@ def random_packed(format: str, shape: tuple[int, ...], deviation: float, fill: F
         if format == "F32":
             return Packed(format, shape, (values,))
         bits = values.bitcast(dtypes.uint32) >> 16 if format == "BF16" else values.half().bitcast(dtypes.uint16)
-        return Packed(format, shape, (bits.cast(dtypes.uint16).contiguous().realize(),))
+        return Packed(format, shape, (layout.parts[0].stored(bits).contiguous().realize(),))
 
     def words(*parts: Part) -> list[Tensor]:
         return [fill(part.shape(rows, columns), 0, 1, part.dtype) for part in parts]
     d = deviation / SPREADS[format]
     middle = round(SPREADS[format] * 12 ** 0.5) / 2 - 0.5                   # of the quants, where they start at 0
 
-    def constant(part: Part, value: int) -> Tensor:
-        return fill(part.shape(rows, columns), value, value, part.dtype)
+    def halves(*values: float) -> Tensor:
+        """The last array: everywhere the same halves."""
+        bits = fill(layout.parts[-1].shape(rows, columns), 0, 0, dtypes.uint16).reshape(rows, -1, len(values))
+        bits = bits + Tensor([half_bits(value) for value in values], dtype=dtypes.uint16, device=bits.device)
+        return layout.parts[-1].stored(bits.reshape(rows, -1)).contiguous().realize()
     if format == "Q6_K":
-        arrays = (*words(*layout.parts[:2]), constant(layout.parts[2], 0x40404040),
-                  constant(layout.parts[3], half_bits(d / 64)))
+        scales = fill(layout.parts[2].shape(rows, columns), 0x40404040, 0x40404040, dtypes.uint32)
+        arrays = (*words(*layout.parts[:2]), scales, halves(d / 64))
     elif format.endswith("_K"):
-        pair = half_bits(d / 32) | half_bits(d / 32 * middle) << 16
         sixes = fill(layout.parts[-2].shape(rows, columns), 0, 0, dtypes.uint32).reshape(rows, -1, 3)
         sixes = (sixes + Tensor([0, 0, 0xAAAAAAAA], dtype=dtypes.uint32, device=sixes.device)).reshape(rows, -1)
-        arrays = (*words(*layout.parts[:-2]), sixes.contiguous().realize(), constant(layout.parts[-1], pair))
+        arrays = (*words(*layout.parts[:-2]), sixes.contiguous().realize(), halves(d / 32, d / 32 * middle))
     elif format.endswith("_1"):
-        pair = half_bits(d) | half_bits(-d * middle) << 16
-        arrays = (*words(*layout.parts[:-1]), constant(layout.parts[-1], pair))
+        arrays = (*words(*layout.parts[:-1]), halves(d, -d * middle))
     else:
-        arrays = (*words(*layout.parts[:-1]), constant(layout.parts[-1], half_bits(d)))
+        arrays = (*words(*layout.parts[:-1]), halves(d))
     return Packed(format, shape, arrays)
 
 

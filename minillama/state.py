@@ -54,12 +54,18 @@ class KVCache:
     keys: Tensor
     values: Tensor
 
-    def write(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
-        """Store rows k, v (tokens, kv_heads, head_dim) at positions start.. and return all rows up to their end."""
+    def store(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
+        """Store rows k, v (tokens, kv_heads, head_dim) at positions start.. and return the buffers with them."""
         end = start + k.shape[0]
         keys = stored(self.keys, k, slice(start, end))
         values = stored(self.values, v, slice(start, end))
         self.wrote(keys, values)
+        return keys, values
+
+    def write(self, k: Tensor, v: Tensor, start: int | UOp) -> tuple[Tensor, Tensor]:
+        """The same, and return all rows up to their end."""
+        end = start + k.shape[0]
+        keys, values = self.store(k, v, start)
         return keys[:end].float(), values[:end].float()
 
     def wrote(self, keys: Tensor, values: Tensor) -> None:

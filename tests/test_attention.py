@@ -3,9 +3,9 @@ import numpy as np
 import oracle
 import pytest
 from oracle import difference
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp
 
-from minillama.attention import attend, attention
+from minillama.attention import BLOCK, attend, attend_in_blocks, attention
 from minillama.layers import l2_norm, rms_norm, rope, rope_table
 from minillama.state import KVCache
 
@@ -37,6 +37,14 @@ def test_attention_equals_numpy_and_sees_no_later_position(start, tokens):
                ((tokens, HEADS), (start + tokens, KV_HEADS), (start + tokens, KV_HEADS)))
     got = attend(Tensor(q), Tensor(k), Tensor(v), start).numpy()
     assert difference(got, attend_in_numpy(q, k, v, start)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("start", "tokens"), ((0, 3), (60, 7), (BLOCK - 5, 5), (2 * BLOCK, 70)))
+def test_attention_in_blocks_equals_numpy_whatever_lies_behind_the_text(start, tokens):
+    q, k, v = numbers(tokens, HEADS, DIM), *(numbers(4 * BLOCK, KV_HEADS, DIM, seed=seed) * 9 for seed in (1, 2))
+    place = UOp.variable("start", 0, 3 * BLOCK).bind(start)
+    got = attend_in_blocks(Tensor(q), Tensor(k).realize(), Tensor(v).realize(), place).numpy()
+    assert difference(got, attend_in_numpy(q, k, v, start)) <= 9 * TOLERANCE
 
 
 def test_large_scores_do_not_overflow():

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
-from minillama.kernels import tuning
+from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import added, counter, dot, number, result
-
-LARGE, SMALL = 16, 4        # rows of a tile: where experts have many tokens, and where they have few
 
 
 @dataclass(frozen=True)
 class Groups:
     """Where assignments lie once they are sorted. `rows` (tiles * tile,) int32 is the assignment in each place, -1 in
-    padding; `experts` (tiles,) int32 that of each tile; `places` (tokens, used) int32 where each assignment went."""
+    padding; `experts` (tiles,) int32 that of each tile, -1 if nobody fills it; `places` (tokens, used) int32 where
+    each assignment went."""
     tile: int
     rows: Tensor
     experts: Tensor
@@ -35,12 +34,13 @@ def tiles_for(assignments: int, experts: int, tile: int) -> int:
 def group(ids: Tensor, experts: int) -> Groups:
     """Sort assignments by expert, in the tokens' order. ids (tokens, used) int32."""
     (tokens, used), assignments = ids.shape, ids.numel()
-    tile = LARGE if assignments >= SMALL * experts else SMALL
+    tile = tuning.tile_rows(ids.device, assignments, experts)
     tiles, flat = tiles_for(assignments, experts, tile), ids.reshape(assignments).contiguous()
     counts = (flat.reshape(-1, 1) == Tensor.arange(experts)).sum(0, dtype=dtypes.int32)         # (experts,)
     ends = ((counts + tile - 1) // tile).cumsum().cast(dtypes.int32).contiguous()               # in tiles
     firsts = (ends - (counts + tile - 1) // tile).contiguous()
-    of_tile = (Tensor.arange(tiles).reshape(-1, 1) >= ends).sum(1, dtype=dtypes.int32).minimum(experts - 1)
+    of_tile = (Tensor.arange(tiles).reshape(-1, 1) >= ends).sum(1, dtype=dtypes.int32)
+    of_tile = (of_tile < experts).where(of_tile, -1)
     lanes = tuning.lanes(ids.device, assignments)
 
     def place_kernel(places: UOp, flat: UOp, firsts: UOp) -> UOp:
@@ -53,13 +53,36 @@ def group(ids: Tensor, experts: int) -> Groups:
 
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)
-        return rows.index(number(places.index(mine))).store(mine.cast(dtypes.int32)).end(mine).sink(
+        return rows.index(number(places.index(mine), tiles * tile)).store(mine.cast(dtypes.int32)).end(mine).sink(
             arg=KernelInfo(f"rows_of_tiles_{assignments}"))
     places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
     places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
     return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used))
+
+
+def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, share: Tensor) -> Tensor:
+    """Every token's chosen experts, added up: (tokens, hidden). x (tokens, hidden); gate, up (experts, width, hidden);
+    down (experts, hidden, width); share (tokens, used)."""
+    rows = min(gate.shape[1], down.shape[1])
+    if tuning.multiplies_halves(x.device, rows) and all(tensor_cores.fits(weight) for weight in (gate, up, down)):
+        return summed(in_halves(x, gate, up, down, groups, share), groups)
+    return summed(mixed(gated(x, gate, up, groups, share), down, groups), groups)
+
+
+def in_halves(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, share: Tensor) -> Tensor:
+    """What each assignment adds, (places, hidden), by tensor cores; where nobody is, anything."""
+    tokens, used = share.shape
+    halves = tensor_cores.halves(x)
+    g, u = (tensor_cores.tiles(halves, weight, groups.experts, groups.tile, groups.rows, used)
+            for weight in (gate, up))                                       # (places, width) each
+
+    def value(place: UOp, column: UOp, g: UOp, u: UOp, share: UOp, rows: UOp) -> UOp:
+        part = share.index(number(rows.index(place), tokens * used)).load()
+        return g.index(place, column).load().silu() * u.index(place, column).load() * part
+    h = tensor_cores.split(*g.shape, (g, u, share.reshape(tokens * used), groups.rows), value)
+    return tensor_cores.tiles(h, down, groups.experts, groups.tile)
 
 
 def gated(x: Tensor, gate: Packed, up: Packed, groups: Groups, share: Tensor) -> Tensor:
@@ -75,7 +98,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, groups: Groups, share: Tensor) ->
     def kernel(out: UOp, x: UOp, share: UOp, rows: UOp, experts: UOp, *arrays: UOp) -> UOp:
         column, t, row = UOp.range(width, 0), UOp.range(tiles, 1), UOp.range(tile, 2)
         i = counter(octets // step, 3)
-        at = number(experts.index(t)) * width + column
+        at = number(experts.index(t), gate.shape[0]) * width + column
         assignment = rows.index(t * tile + row).load()
         real, token = assignment >= 0, (assignment // used).cast(dtypes.weakint)
 
@@ -92,25 +115,30 @@ def gated(x: Tensor, gate: Packed, up: Packed, groups: Groups, share: Tensor) ->
 
 
 def mixed(h: Tensor, down: Packed, groups: Groups) -> Tensor:
-    """The sum over each token's experts of down · h: (tokens, hidden). h (places, width) as `gated` leaves it; down
-    (experts, hidden, width). One kernel multiplies tile by tile, another adds up what a token's assignments got."""
-    (tokens, used), hidden, width, tile = groups.places.shape, down.shape[1], h.shape[1], groups.tile
+    """What each assignment adds: down · h, (places, hidden). h (places, width) as `gated` leaves it; down (experts,
+    hidden, width)."""
+    hidden, width, tile = down.shape[1], down.shape[2], groups.tile
     octets, tiles = width // OCTET, groups.experts.shape[0]
     step, opts = tuning.tiles(h.device, hidden, octets, tile)
 
-    def product(out: UOp, h: UOp, experts: UOp, *arrays: UOp) -> UOp:
+    def kernel(out: UOp, h: UOp, experts: UOp, *arrays: UOp) -> UOp:
         column, t, row = UOp.range(hidden, 0), UOp.range(tiles, 1), UOp.range(tile, 2)
         i = counter(octets // step, 3)
-        y = added(dot(down.layout, arrays, number(experts.index(t)) * hidden + column, i * step, step,
+        y = added(dot(down.layout, arrays, number(experts.index(t), down.shape[0]) * hidden + column, i * step, step,
                       lambda i, k: h.index(t * tile + row, i * OCTET + k).load()), i)
         return out.index(t * tile + row, column).store(y).end(column, t, row).sink(
             arg=KernelInfo(f"tiles_{down.format}_{tiles}_{tile}_{width}_{hidden}", opts_to_apply=opts))
+    return result(tiles * tile, hidden, like=h).custom_kernel(h, groups.experts, *down.arrays, fxn=kernel)[0]
 
-    def total(out: UOp, parts: UOp, places: UOp) -> UOp:
+
+def summed(parts: Tensor, groups: Groups) -> Tensor:
+    """The sum of what a token's assignments add: parts (places, hidden) -> (tokens, hidden)."""
+    (places, hidden), (tokens, used) = parts.shape, groups.places.shape
+
+    def kernel(out: UOp, parts: UOp, mine: UOp) -> UOp:
         column, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
-        y = sum(parts.index(number(places.index(token, UOp.const(n, dtypes.weakint))), column).load()
+        y = sum(parts.index(number(mine.index(token, UOp.const(n, dtypes.weakint)), places), column).load()
                 for n in range(used))
         return out.index(token, column).store(y).end(column, token).sink(
             arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}"))
-    parts = result(tiles * tile, hidden, like=h).custom_kernel(h, groups.experts, *down.arrays, fxn=product)[0]
-    return result(tokens, hidden, like=h).custom_kernel(parts, groups.places, fxn=total)[0]
+    return result(tokens, hidden, like=parts).custom_kernel(parts, groups.places, fxn=kernel)[0]

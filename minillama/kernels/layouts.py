@@ -3,11 +3,12 @@
 A block of a GGUF file holds its scale between its quants, at addresses that no GPU likes to read, and its nibbles in
 an order that suited a CPU's vector instructions. Here the same bits lie apart and in sequence: quants (the low 4 bits
 of 8 values a word, or 4 values of 8 bits), the bits above them, scales. Nothing is added: a tensor takes on the device
-what it takes in the file. Three forms of each layout stand together:
+what it takes in the file. Scales stay halves; where a device cannot be trusted with those they lie as their 16 bits,
+which kernels widen by hand. Three forms of each layout stand together:
 
 - `repack`, plain tensor code: rows of a file's blocks -> the arrays;
 - `values`, plain tensor code, the twin: the arrays -> float values;
-- `octet`, in a kernel: the eight quants of octet i of a row, as numbers from 1 to 2, and what makes values of them.
+- `octet`, in a kernel: the eight quants of octet i of a row, as floats, and what makes values of them.
 
 Block formats: llama.cpp, ggml/src/ggml-common.h.
 """
@@ -18,17 +19,35 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import UOp
 
+from minillama.kernels import tuning
+from minillama.kernels.bits import (
+    BITS,
+    FLOAT,
+    HALF,
+    TOP,
+    WORD,
+    above,
+    half_to_float,
+    half_values,
+    joined,
+    load,
+    moved,
+    nibbles,
+    pair_values,
+    parted,
+    span_bytes,
+    spread,
+)
+
 OCTET = 8
-EXPONENT, MANTISSA = 0x7c00, 0x03ff     # of a half
-TOP, ONE = 23, 0x3F800000               # of a float32: the bits of its mantissa; the bits of 1.0
 
 
 @dataclass(frozen=True)
 class Octet:
-    """Eight quants of a row in a kernel. An integer n of `bits` bits comes as the float32 number 1 + n / 2^bits: its
-    bits are put behind those of 1.0, and nothing need be converted.
+    """Eight quants of a row in a kernel. An integer n of `bits` bits comes as the float32 number 2^bits + n: its bits
+    are put behind those of 2^bits, and nothing need be converted.
 
-    value = (n - bias) * scale + offset, n = (quant - 1) * 2^bits. With bits 0 the quants are the values themselves.
+    value = (n - bias) * scale + offset, n = quant - 2^bits. With bits 0 the quants are the values themselves.
     """
     quants: list[UOp]
     bits: int = 0
@@ -36,23 +55,29 @@ class Octet:
     scale: UOp | None = None
     offset: UOp | None = None
 
+    @property
+    def excess(self) -> float:
+        """What a quant has too much: value = (quant - excess) * scale + offset."""
+        return float((1 << self.bits) + self.bias) if self.bits else 0.0
+
     def times(self, x: list[UOp]) -> UOp:
         """The product of the octet's values with eight others: one multiplication and addition a value, and for what
         the quants have too much, the sum of x (the same for all rows)."""
         total = sum((q * v for q, v in zip(self.quants[1:], x[1:], strict=True)), self.quants[0] * x[0])
+        return self.scaled(total, sum(x[1:], x[0]))
+
+    def scaled(self, total: UOp, sum_of_x: UOp) -> UOp:
+        """The product of values with others, x, from that of their quants."""
         if not self.bits:
             return total
-        unit = float(1 << self.bits)
-        beyond = self.scale * -(unit + self.bias)
-        beyond = beyond if self.offset is None else beyond + self.offset
-        return total * (self.scale * unit) + sum(x[1:], x[0]) * beyond
+        y = (total - sum_of_x * self.excess) * self.scale
+        return y if self.offset is None else y + sum_of_x * self.offset
 
     def values(self) -> list[UOp]:
         """The values, each by itself."""
         if not self.bits:
             return self.quants
-        unit = float(1 << self.bits)
-        values = [(q * unit - (unit + self.bias)) * self.scale for q in self.quants]
+        values = [(q - self.excess) * self.scale for q in self.quants]
         return values if self.offset is None else [value + self.offset for value in values]
 
 
@@ -63,81 +88,15 @@ class Part:
     span: int
     items: int = 1
 
+    def stored(self, numbers: Tensor) -> Tensor:
+        """Items given by their bits, unsigned, as they lie on that tensor's device."""
+        if self.dtype is not HALF:
+            return numbers.cast(self.dtype)
+        bits = numbers.cast(BITS)
+        return bits.bitcast(HALF) if tuning.widens_halves(numbers.device) else bits
+
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, columns // self.span * self.items
-
-
-# ---- bits and numbers ---------------------------------------------------------------------------------------------
-
-
-def half_to_float(bits: UOp | Tensor) -> UOp | Tensor:
-    """The float32 value of a half given by its 16 bits (uint32), subnormal halves included; no infinities. In a kernel
-    and for whole tensors, which know the same operators.
-
-    Bit operations, since some devices have no halves, and tinygrad's stand-in for them takes subnormals for zero.
-    """
-    wide = (((bits & 0x7fff) << 13) + (112 << 23)).bitcast(dtypes.float32)      # the exponent's bias: 127 - 15 = 112
-    tiny = (bits & MANTISSA).cast(dtypes.float32) * 2.0 ** -24
-    size = (bits & EXPONENT).eq(0).where(tiny, wide)
-    return (bits & 0x8000).eq(0).where(size, -size)
-
-
-def moved(word: UOp, start: int, count: int, to: int) -> UOp:
-    """`count` bits of a word from bit `start` on, at bit `to` of an otherwise empty word."""
-    shifted = word << (to - start) if to > start else word >> (start - to) if to < start else word
-    return shifted & ((1 << count) - 1 << to)
-
-
-def above_one(bits: UOp) -> UOp:
-    """The float32 number between 1 and 2 with these bits of mantissa."""
-    return (bits | ONE).bitcast(dtypes.float32)
-
-
-def load(array: UOp, *index: UOp) -> UOp:
-    """One item of an array, integers as uint32."""
-    value = array.index(*index).load()
-    return value if value.dtype in dtypes.floats else value.cast(dtypes.uint32)
-
-
-# ---- plain tensor forms -------------------------------------------------------------------------------------------
-
-
-def span_bytes(blocks: Tensor, start: int, stop: int) -> Tensor:
-    """Bytes start..stop of each block as uint32: (blocks, size) -> (blocks, stop - start)."""
-    return blocks[:, start:stop].cast(dtypes.uint32)
-
-
-def joined(items: Tensor, bits: int, each: int = 0) -> Tensor:
-    """Small numbers into words, `each` (default: as many as fit) to a word, the first in the lowest bits.
-
-    items (blocks, n) uint32, each below 2^bits; returns (blocks, n / each).
-    """
-    each = each or 32 // bits
-    shifts = Tensor.arange(each, dtype=dtypes.uint32) * bits
-    return (items.reshape(items.shape[0], -1, each) << shifts).sum(-1, dtype=dtypes.uint32)
-
-
-def parted(words: Tensor, bits: int) -> Tensor:
-    """The reverse of `joined`: (rows, n) -> (rows, n * 32 / bits)."""
-    shifts = Tensor.arange(32 // bits, dtype=dtypes.uint32) * bits
-    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
-
-
-def nibbles(packed: Tensor, width: int) -> Tensor:
-    """Quants of a block in order, (blocks, 2n) uint32; of `width` bytes the file has the low halves first, then the
-    high ones. packed (blocks, n) uint32."""
-    shifts = Tensor([0, 4], dtype=dtypes.uint32, device=packed.device).reshape(1, 1, 2, 1)
-    return ((packed.reshape(packed.shape[0], -1, 1, width) >> shifts) & 15).reshape(packed.shape[0], -1)
-
-
-def half_values(bits: Tensor) -> Tensor:
-    """The float32 values of halves given by their bits, uint16 or uint32."""
-    return half_to_float(bits.cast(dtypes.uint32))
-
-
-def spread(items: Tensor, times: int) -> Tensor:
-    """Each item of a row `times` over: (rows, n) -> (rows, n * times)."""
-    return items.unsqueeze(-1).expand(*items.shape, times).reshape(items.shape[0], -1)
 
 
 # ---- the layouts --------------------------------------------------------------------------------------------------
@@ -145,7 +104,8 @@ def spread(items: Tensor, times: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one format lies on the device. `block` values take `size` bytes in the file; the arrays are `parts`."""
+    """How one format lies on the device. `block` values take `size` bytes in the file; the arrays are `parts`. `span`
+    neighbours in a row share a scale, and a half holds their quants exactly; 0: it does not."""
     name: str
     block: int
     size: int
@@ -153,11 +113,12 @@ class Layout:
     split: Callable[[Tensor], tuple[Tensor, ...]]               # blocks (n, size) uint8 -> arrays (n, items)
     values_of: Callable[..., Tensor]                            # arrays (rows, items) -> values (rows, columns)
     octet: Callable[..., Octet]                                 # (arrays in a kernel, row, octet's number) -> Octet
+    span: int = 32
 
     def repack(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Rows of a file's bytes (rows, bytes) uint8 -> the layout's arrays, each (rows, items), not realized."""
         blocks = raw.reshape(-1, self.size)
-        return tuple(array.cast(part.dtype).reshape(raw.shape[0], -1)
+        return tuple(part.stored(array).reshape(raw.shape[0], -1)
                      for array, part in zip(self.split(blocks), self.parts, strict=True))
 
     def values(self, arrays: tuple[Tensor, ...]) -> Tensor:
@@ -176,19 +137,19 @@ def _fours(words: UOp, row: UOp, i: UOp, bits: int) -> list[UOp]:
 
 
 def _octet4(words: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:
-    return Octet([above_one(q) for q in _fours(words, row, i, 4)], 4, bias, scale, offset)
+    return Octet([above(4, q) for q in _fours(words, row, i, 4)], 4, bias, scale, offset)
 
 
 def _octet5(words: UOp, high: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:
     """Four bits of each quant from `words`, the fifth from `high`, where 32 values share a word."""
     fifth = load(high, row, i // 4) >> ((i % 4) * OCTET).cast(dtypes.uint32)
-    return Octet([above_one(low | moved(fifth, k, 1, TOP - 1)) for k, low in enumerate(_fours(words, row, i, 5))],
+    return Octet([above(5, low | moved(fifth, k, 1, TOP - 1)) for k, low in enumerate(_fours(words, row, i, 5))],
                  5, bias, scale, offset)
 
 
-def _pair(word: UOp) -> tuple[UOp, UOp]:
-    """Two halves of a word as float32: scale and minimum."""
-    return half_to_float(word & 0xffff), half_to_float(word >> 16)
+def _pair(halves: UOp, row: UOp, i: UOp) -> tuple[UOp, UOp]:
+    """Pair i of halves as float32: scale and minimum."""
+    return half_to_float(load(halves, row, i * 2)), half_to_float(load(halves, row, i * 2 + 1))
 
 
 def _k_pair(sixes: UOp, heads: UOp, row: UOp, i: UOp) -> tuple[UOp, UOp]:
@@ -200,7 +161,7 @@ def _k_pair(sixes: UOp, heads: UOp, row: UOp, i: UOp) -> tuple[UOp, UOp]:
     high = load(sixes, row, block + 2) >> two
     scale = ((load(sixes, row, block) >> four) & 15) | ((high & 3) << 4)
     minimum = ((load(sixes, row, block + 1) >> four) & 15) | (((high >> 16) & 3) << 4)
-    of_scales, of_minima = _pair(load(heads, row, i // 32))
+    of_scales, of_minima = _pair(heads, row, i // 32)
     return of_scales * scale.cast(dtypes.float32), -(of_minima * minimum.cast(dtypes.float32))
 
 
@@ -208,13 +169,13 @@ def _q6_octet(words: UOp, high: UOp, scales: UOp, heads: UOp, row: UOp, i: UOp) 
     pairs = load(high, row, i // 2) >> ((i % 2) * 16).cast(dtypes.uint32)
     byte = (load(scales, row, i // 8) >> (((i // 2) % 4) * 8).cast(dtypes.uint32)) & 255
     scale = half_to_float(load(heads, row, i // 32)) * ((byte ^ 128).cast(dtypes.float32) - 128)
-    return Octet([above_one(low | moved(pairs, 2 * k, 2, TOP - 2)) for k, low in enumerate(_fours(words, row, i, 6))],
+    return Octet([above(6, low | moved(pairs, 2 * k, 2, TOP - 2)) for k, low in enumerate(_fours(words, row, i, 6))],
                  6, 32, scale)
 
 
 def _q8_octet(words: UOp, scales: UOp, row: UOp, i: UOp) -> Octet:
     pair = load(words, row, i * 2), load(words, row, i * 2 + 1)
-    return Octet([above_one(moved(word, 8 * k, 8, TOP - 8)) for word in pair for k in range(4)], 8, 128,
+    return Octet([above(8, moved(word, 8 * k, 8, TOP - 8)) for word in pair for k in range(4)], 8, 128,
                  half_to_float(load(scales, row, i // 4)))
 
 
@@ -223,13 +184,13 @@ def _plain_octet(widen: Callable[[UOp], UOp]) -> Callable[..., Octet]:
 
 
 def _k_split(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of Q4_K or Q5_K blocks: the pairs of 6 bits as three words, and scale and scale of minima as one."""
+    """Of Q4_K or Q5_K blocks: the pairs of 6 bits as three words; scale and scale of minima."""
     pairs = span_bytes(blocks, 4, 16)
     first, second, third = pairs[:, :4], pairs[:, 4:8], pairs[:, 8:]
     scales = (first & 63).cat((third & 15) | (first >> 6 << 4), dim=1)      # (blocks, 8), 0..63
     minima = (second & 63).cat((third >> 4) | (second >> 6 << 4), dim=1)
     words = [joined(scales & 15, 4), joined(minima & 15, 4), joined((scales >> 4).cat(minima >> 4, dim=1), 2)]
-    return words[0].cat(*words[1:], dim=1), joined(span_bytes(blocks, 0, 4), 8)
+    return words[0].cat(*words[1:], dim=1), joined(span_bytes(blocks, 0, 4), 8, 2)
 
 
 def _k_scales(sixes: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,7 +199,7 @@ def _k_scales(sixes: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
     high = parted(sixes[:, 2:], 2)                                          # (blocks, 16)
     scales = parted(sixes[:, :1], 4) | (high[:, :8] << 4)
     minima = parted(sixes[:, 1:2], 4) | (high[:, 8:] << 4)
-    d, m = (half_values(part.reshape(-1, 1)) for part in (heads & 0xffff, heads >> 16))
+    d, m = (part.reshape(-1, 1) for part in pair_values(heads))
     return (d * scales.float()).reshape(rows, -1), (m * minima.float()).reshape(rows, -1)
 
 
@@ -268,17 +229,16 @@ def _scaled(quants: Tensor, scales: Tensor, offsets: Tensor | None = None, span:
     return values if offsets is None else values + spread(offsets, span)
 
 
-WORD, HALF, FLOAT = dtypes.uint32, dtypes.uint16, dtypes.float32
-QUANTS4, FIFTH, SCALE, PAIR = Part(WORD, 8), Part(WORD, 32), Part(HALF, 32), Part(WORD, 32)
-SIXES, HEADS, HEAD = Part(WORD, 256, 3), Part(WORD, 256), Part(HALF, 256)
+QUANTS4, FIFTH, SCALE, PAIR = Part(WORD, 8), Part(WORD, 32), Part(HALF, 32), Part(HALF, 32, 2)
+SIXES, HEADS, HEAD = Part(WORD, 256, 3), Part(HALF, 256, 2), Part(HALF, 256)
 
 LAYOUTS = {layout.name: layout for layout in (
     Layout("F32", 1, 4, (Part(FLOAT, 1),),
-           lambda b: (joined(span_bytes(b, 0, 4), 8).bitcast(FLOAT),), lambda v: v, _plain_octet(lambda x: x)),
+           lambda b: (joined(span_bytes(b, 0, 4), 8).bitcast(FLOAT),), lambda v: v, _plain_octet(lambda x: x), span=0),
     Layout("F16", 1, 2, (Part(HALF, 1),), lambda b: (joined(span_bytes(b, 0, 2), 8, 2),), half_values,
            _plain_octet(half_to_float)),
-    Layout("BF16", 1, 2, (Part(HALF, 1),), lambda b: (joined(span_bytes(b, 0, 2), 8, 2),),
-           lambda v: (v.cast(WORD) << 16).bitcast(FLOAT), _plain_octet(lambda x: (x << 16).bitcast(FLOAT))),
+    Layout("BF16", 1, 2, (Part(BITS, 1),), lambda b: (joined(span_bytes(b, 0, 2), 8, 2),),
+           lambda v: (v.cast(WORD) << 16).bitcast(FLOAT), _plain_octet(lambda x: (x << 16).bitcast(FLOAT)), span=0),
     Layout("Q8_0", 32, 34, (Part(WORD, 4), SCALE),      # quants stored as quant + 128
            lambda b: (joined(span_bytes(b, 2, 34) ^ 128, 8), joined(span_bytes(b, 0, 2), 8, 2)),
            lambda q, s: _scaled(parted(q, 8).float() - 128, half_values(s)), _q8_octet),
@@ -287,9 +247,9 @@ LAYOUTS = {layout.name: layout for layout in (
            lambda q, s: _scaled(parted(q, 4).float() - 8, half_values(s)),
            lambda q, s, row, i: _octet4(q, row, i, 8, half_to_float(load(s, row, i // 4)))),
     Layout("Q4_1", 32, 20, (QUANTS4, PAIR),
-           lambda b: (joined(nibbles(span_bytes(b, 4, 20), 16), 4), joined(span_bytes(b, 0, 4), 8)),
-           lambda q, p: _scaled(parted(q, 4).float(), half_values(p & 0xffff), half_values(p >> 16)),
-           lambda q, p, row, i: _octet4(q, row, i, 0, *_pair(load(p, row, i // 4)))),
+           lambda b: (joined(nibbles(span_bytes(b, 4, 20), 16), 4), joined(span_bytes(b, 0, 4), 8, 2)),
+           lambda q, p: _scaled(parted(q, 4).float(), *pair_values(p)),
+           lambda q, p, row, i: _octet4(q, row, i, 0, *_pair(p, row, i // 4))),
     Layout("Q5_0", 32, 22, (QUANTS4, FIFTH, SCALE),
            lambda b: (joined(nibbles(span_bytes(b, 6, 22), 16), 4), joined(span_bytes(b, 2, 6), 8),
                       joined(span_bytes(b, 0, 2), 8, 2)),
@@ -297,9 +257,9 @@ LAYOUTS = {layout.name: layout for layout in (
            lambda q, h, s, row, i: _octet5(q, h, row, i, 16, half_to_float(load(s, row, i // 4)))),
     Layout("Q5_1", 32, 24, (QUANTS4, FIFTH, PAIR),
            lambda b: (joined(nibbles(span_bytes(b, 8, 24), 16), 4), joined(span_bytes(b, 4, 8), 8),
-                      joined(span_bytes(b, 0, 4), 8)),
-           lambda q, h, p: _scaled(_fifth_values(q, h), half_values(p & 0xffff), half_values(p >> 16)),
-           lambda q, h, p, row, i: _octet5(q, h, row, i, 0, *_pair(load(p, row, i // 4)))),
+                      joined(span_bytes(b, 0, 4), 8, 2)),
+           lambda q, h, p: _scaled(_fifth_values(q, h), *pair_values(p)),
+           lambda q, h, p, row, i: _octet5(q, h, row, i, 0, *_pair(p, row, i // 4))),
     Layout("Q4_K", 256, 144, (QUANTS4, SIXES, HEADS),
            lambda b: (joined(nibbles(span_bytes(b, 16, 144), 32), 4), *_k_split(b)),
            lambda q, s, h: (lambda d, m: _scaled(parted(q, 4).float(), d, -m))(*_k_scales(s, h)),
@@ -312,5 +272,6 @@ LAYOUTS = {layout.name: layout for layout in (
            lambda b: (joined(nibbles(span_bytes(b, 0, 128), 64), 4), _q6_k_high(b),
                       joined(span_bytes(b, 192, 208), 8), joined(span_bytes(b, 208, 210), 8, 2)),
            lambda q, p, s, h: _scaled((parted(q, 4) | (parted(p, 2) << 4)).float() - 32,
-                                      spread(half_values(h), 16) * _signed(parted(s, 8)), span=16), _q6_octet),
+                                      spread(half_values(h), 16) * _signed(parted(s, 8)), span=16), _q6_octet,
+           span=16),
 )}

@@ -1,15 +1,11 @@
 """A packed matrix on the device: its format, its shape, and the arrays of its layout."""
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import DType
 from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels.layouts import LAYOUTS, OCTET, Layout
-
-HALF_MASK = 0xFFFFE000      # the bits of a float32 that a half has too
 
 
 @dataclass(frozen=True)
@@ -64,37 +60,13 @@ def unpacked(weight: Packed) -> Tensor:
     One thread unpacks an octet; the kernel reads the packed bytes once and writes each value once. For a prompt, whose
     many tokens share the result, that is cheaper than unpacking inside the product again for every tile of tokens.
     """
-    return _unpacked(weight, 1, dtypes.float32, lambda value: (value,))
-
-
-def in_halves(weight: Packed) -> Tensor:
-    """The values as sums of two halves, high + low, in the order [high | high | low]: (rows, 3 * columns) float16.
-
-    Times rows of x as [high | low | high] that gives the product of float32 numbers to 21 bits (low · low is left out)
-    on units that multiply halves alone.
-    """
-    def split(value: UOp) -> tuple[UOp, ...]:
-        high = (value.bitcast(dtypes.uint32) & HALF_MASK).bitcast(dtypes.float32)
-        return high.cast(dtypes.half), high.cast(dtypes.half), (value - high).cast(dtypes.half)
-    return _unpacked(weight, 3, dtypes.half, split)
-
-
-def halves(x: Tensor) -> Tensor:
-    """Rows of x (tokens, columns) as [high | low | high], (tokens, 3 * columns) float16, to go with `in_halves`."""
-    high = (x.bitcast(dtypes.uint32) & HALF_MASK).bitcast(dtypes.float32)
-    return high.cat(x - high, high, dim=1).half().contiguous()
-
-
-def _unpacked(weight: Packed, times: int, dtype: DType, forms: Callable[[UOp], tuple[UOp, ...]]) -> Tensor:
-    """Every value in several forms, side by side: (rows, times * columns)."""
     def kernel(out: UOp, *arrays: UOp) -> UOp:
         row, i = UOp.range(weight.rows, 0), UOp.range(weight.columns // OCTET, 1)
-        stores = [out.index(row, i * OCTET + n * weight.columns + k).store(form)
-                  for k, value in enumerate(weight.layout.octet(*arrays, row, i).values())
-                  for n, form in enumerate(forms(value))]
-        name = f"unpack_{times}_{weight.format}_{weight.rows}_{weight.columns}"
-        return UOp.group(*stores).end(row, i).sink(arg=KernelInfo(name))
-    out = Tensor.empty(weight.rows, times * weight.columns, dtype=dtype, device=weight.device)
+        stores = [out.index(row, i * OCTET + k).store(value)
+                  for k, value in enumerate(weight.layout.octet(*arrays, row, i).values())]
+        return UOp.group(*stores).end(row, i).sink(
+            arg=KernelInfo(f"unpack_{weight.format}_{weight.rows}_{weight.columns}"))
+    out = Tensor.empty(weight.rows, weight.columns, dtype=dtypes.float32, device=weight.device)
     return out.custom_kernel(*weight.arrays, fxn=kernel)[0]
 
 

@@ -38,9 +38,13 @@ def added(x: UOp, *over: UOp) -> UOp:
     return x.reduce(*over, arg=Ops.ADD) if over else x
 
 
-def number(x: UOp) -> UOp:
-    """A loaded integer, to index with."""
-    return x.load().cast(dtypes.weakint)
+def number(x: UOp, below: int = 0) -> UOp:
+    """A loaded integer, to index with. Where it is known to be from 0 to `below` - 1, it is kept within these bounds:
+    then it needs no 64-bit arithmetic, and what lies side by side behind it is read in one go."""
+    value = x.load()
+    if below:
+        value = value & (below - 1) if below & (below - 1) == 0 else value.maximum(0).minimum(below - 1)
+    return value.cast(dtypes.weakint)
 
 
 Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
@@ -101,7 +105,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) -> Te
     def kernel(out: UOp, x: UOp, ids: UOp, share: UOp, *arrays: UOp) -> UOp:
         row, token, place = UOp.range(width, 0), UOp.range(tokens, 1), UOp.range(used, 2)
         i = counter(octets // step, 3)
-        at = number(ids.index(token, place)) * width + row
+        at = number(ids.index(token, place), gate.shape[0]) * width + row
 
         def value(i: UOp, k: int) -> UOp:
             return x.index(token, i * OCTET + k).load()
@@ -160,7 +164,8 @@ def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = N
     def kernel(out: UOp, routed: UOp, ids: UOp, *buffers: UOp) -> UOp:
         row, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
         place, i = counter(used, 2), counter(every, 3)
-        y = dot(down.layout, buffers[len(extra):], number(ids.index(token, place)) * hidden + row, i * step, step,
+        at = number(ids.index(token, place), down.shape[0]) * hidden + row
+        y = dot(down.layout, buffers[len(extra):], at, i * step, step,
                 lambda i, k: routed.index(token, place, i * OCTET + k).load())
         y = added(y, place, i)
         y = y + buffers[0].index(token, row).load() if extra else y

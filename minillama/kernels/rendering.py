@@ -4,6 +4,7 @@ from math import prod
 
 from tinygrad import Tensor
 from tinygrad.codegen import to_program
+from tinygrad.codegen.opt import tc
 from tinygrad.device import Compiler
 from tinygrad.helpers import Target
 from tinygrad.renderer.cstyle import ClangRenderer, CStyleLanguage, CUDARenderer, MetalRenderer, OpenCLRenderer
@@ -11,6 +12,7 @@ from tinygrad.uop.ops import Ops
 
 LANGUAGES = {"METAL": (MetalRenderer, "Apple9"), "CUDA": (CUDARenderer, "sm_90"), "CL": (OpenCLRenderer, ""),
              "CPU": (ClangRenderer, "x86_64")}
+UNITS = {"METAL": tc.metal, "CUDA": tc.get_cuda("sm_90")}       # tensor cores
 
 
 class Keeper(Compiler):
@@ -29,6 +31,7 @@ def renderer(backend: str) -> CStyleLanguage:
     made = object.__new__(language)         # whose own __init__ would ask for the device's compiler
     CStyleLanguage.__init__(made, Target(backend, arch=arch, interface="rendered"))     # unlike any real one
     made.compiler = Keeper()
+    made.tensor_cores = UNITS.get(backend, [])
     return made
 
 

@@ -67,6 +67,12 @@ def shares_memory(device: str) -> bool:
     return backend(device) in SHARING
 
 
+def widens_halves(device: str) -> bool:
+    """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). A
+    CPU and PoCL do not, or only by way of tinygrad's stand-in."""
+    return backend(device) == "CUDA"
+
+
 def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:
     """Options for a loop over neighbouring columns: vectors of them on a CPU; elsewhere the optimizer chooses."""
     return (Opt(OptOps.UPCAST, axis, fitting(16, size)),) if backend(device) == "CPU" else None
@@ -81,10 +87,48 @@ def copying(device: str, size: int) -> tuple[Opt, ...] | None:
     return Opt(OptOps.UPCAST, 0, each), Opt(OptOps.LOCAL, 0, fitting(256, size // each))
 
 
-def multiplies_halves(device: str, tokens: int, rows: int) -> bool:
-    """Whether a product can use units that multiply matrices of halves, far faster than those of float32. Where it
-    fills their tiles only in part, the compiler does without them, and rounds each product of two halves to one."""
-    return backend(device) in ("CUDA", "NV", "METAL") and tokens % 16 == 0 and rows % 16 == 0
+def multiplies_halves(device: str, rows: int) -> bool:
+    """Whether a product with so many rows of weights can use units that multiply matrices of halves."""
+    return backend(device) in ("CUDA", "NV", "METAL") and rows % 16 == 0
+
+
+def skips_tiles(device: str) -> bool:
+    """Whether a tile that nobody fills is passed over. Elsewhere that is not tried."""
+    return backend(device) == "CUDA"
+
+
+def tile_rows(device: str, assignments: int, experts: int) -> int:
+    """Rows of a tile: more where experts have many tokens; tensor cores want eight at least."""
+    return 16 if assignments >= 4 * experts else 8 if multiplies_halves(device, 16) else 4
+
+
+def bundle(tokens: int, rows: int) -> tuple[int, int]:
+    """Tokens, and times 16 rows, that a bundle of threads does at once where all rows of weights meet all tokens: more
+    where bundles enough for a whole GPU remain (measured on an H100)."""
+    for size, each, bundles in ((32, 4, 2048), (64, 2, 512), (16, 2, 512)):
+        if tokens // size * (rows // (16 * each)) >= bundles:
+            return fitting(size, tokens), each
+    return fitting(16, tokens), 1
+
+
+def tensor_cores(device: str, bundle: int, rows: int, steps: int, tokens: int, each: int = 2, skips: bool = False,
+                 ) -> tuple[Opt, ...]:
+    """Options for a product on such units: rows of weights (axis 0) × tokens (axis `tokens`), summed over spans, over
+    two halves, and over `steps` of 16 terms. A bundle of threads does `each` times 16 rows for so many tokens; four bundles
+    make a block (measured on an H100). `skips`: how many spans there are, a kernel finds out.
+
+    On other devices it is a plain loop: good for a test of what it computes.
+    """
+    if not multiplies_halves(device, rows):
+        return ()
+    deep, wide = (16, 16) if backend(device) in ("CUDA", "NV") else (8, 8)      # terms and rows of a unit
+    short = (2 if steps > 1 else 1) + (deep < 16)                               # loops to write out
+    opts = [Opt(OptOps.TC, 2 if steps > 1 else 1, (-1, 0, 1))] + [Opt(OptOps.UNROLL, int(not skips), 0)] * short
+    opts += [Opt(OptOps.UPCAST, tokens, bundle // 8)] if bundle > 8 else []
+    each = fitting(each, rows // wide)
+    opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
+    blocks = fitting(4, rows // wide // each)
+    return tuple(opts + ([Opt(OptOps.LOCAL, 0, blocks)] if blocks > 1 else []))
 
 
 def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:

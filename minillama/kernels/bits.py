@@ -1,0 +1,91 @@
+"""Numbers as bits: halves widened, quants put into a float's mantissa, small numbers packed into words and back.
+
+What works on a UOp in a kernel works on whole tensors, too, where both know the same operators.
+"""
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import UOp
+
+WORD, BITS, HALF, FLOAT = dtypes.uint32, dtypes.uint16, dtypes.half, dtypes.float32
+EXPONENT, MANTISSA = 0x7c00, 0x03ff     # of a half
+TOP, ONE = 23, 0x3F800000               # of a float32: the bits of its mantissa; the bits of 1.0
+
+# ---- in a kernel --------------------------------------------------------------------------------------------------
+
+
+def half_to_float(bits: UOp | Tensor) -> UOp | Tensor:
+    """The float32 value of a half given by its 16 bits (uint32), subnormal halves included; no infinities. Where
+    halves lie as such, the device widens them.
+
+    Bit operations, since some devices have no halves, and tinygrad's stand-in for them takes subnormals for zero.
+    """
+    if bits.dtype is HALF:
+        return bits.cast(FLOAT)
+    wide = (((bits & 0x7fff) << 13) + (112 << 23)).bitcast(dtypes.float32)      # the exponent's bias: 127 - 15 = 112
+    tiny = (bits & MANTISSA).cast(dtypes.float32) * 2.0 ** -24
+    size = (bits & EXPONENT).eq(0).where(tiny, wide)
+    return (bits & 0x8000).eq(0).where(size, -size)
+
+
+def moved(word: UOp, start: int, count: int, to: int) -> UOp:
+    """`count` bits of a word from bit `start` on, at bit `to` of an otherwise empty word."""
+    shifted = word << (to - start) if to > start else word >> (start - to) if to < start else word
+    return shifted & ((1 << count) - 1 << to)
+
+
+def above(bits: int, mantissa: UOp) -> UOp:
+    """The float32 number from 2^bits to 2^(bits + 1) with this mantissa: where it is an integer of so many bits, put
+    at the mantissa's top, 2^bits more than that."""
+    return (mantissa | (ONE + (bits << TOP))).bitcast(dtypes.float32)
+
+
+def load(array: UOp, *index: UOp) -> UOp:
+    """One item of an array, integers as uint32."""
+    value = array.index(*index).load()
+    return value if value.dtype in dtypes.floats else value.cast(dtypes.uint32)
+
+
+# ---- plain tensor forms -------------------------------------------------------------------------------------------
+
+
+def span_bytes(blocks: Tensor, start: int, stop: int) -> Tensor:
+    """Bytes start..stop of each block as uint32: (blocks, size) -> (blocks, stop - start)."""
+    return blocks[:, start:stop].cast(dtypes.uint32)
+
+
+def joined(items: Tensor, bits: int, each: int = 0) -> Tensor:
+    """Small numbers into words, `each` (default: as many as fit) to a word, the first in the lowest bits.
+
+    items (blocks, n) uint32, each below 2^bits; returns (blocks, n / each).
+    """
+    each = each or 32 // bits
+    shifts = Tensor.arange(each, dtype=dtypes.uint32) * bits
+    return (items.reshape(items.shape[0], -1, each) << shifts).sum(-1, dtype=dtypes.uint32)
+
+
+def parted(words: Tensor, bits: int) -> Tensor:
+    """The reverse of `joined`: (rows, n) -> (rows, n * 32 / bits)."""
+    shifts = Tensor.arange(32 // bits, dtype=dtypes.uint32) * bits
+    return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
+
+
+def nibbles(packed: Tensor, width: int) -> Tensor:
+    """Quants of a block in order, (blocks, 2n) uint32; of `width` bytes the file has the low halves first, then the
+    high ones. packed (blocks, n) uint32."""
+    shifts = Tensor([0, 4], dtype=dtypes.uint32, device=packed.device).reshape(1, 1, 2, 1)
+    return ((packed.reshape(packed.shape[0], -1, 1, width) >> shifts) & 15).reshape(packed.shape[0], -1)
+
+
+def half_values(stored: Tensor) -> Tensor:
+    """The float32 values of halves, as they are stored."""
+    return half_to_float(stored if stored.dtype is HALF else stored.cast(WORD))
+
+
+def pair_values(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """The float32 values of pairs of halves: (rows, 2n) -> twice (rows, n)."""
+    values = half_values(stored).reshape(stored.shape[0], -1, 2)
+    return values[:, :, 0], values[:, :, 1]
+
+
+def spread(items: Tensor, times: int) -> Tensor:
+    """Each item of a row `times` over: (rows, n) -> (rows, n * times)."""
+    return items.unsqueeze(-1).expand(*items.shape, times).reshape(items.shape[0], -1)
