@@ -51,10 +51,12 @@ def test_the_rungs_that_are_rendered_are_there():
 
 
 @pytest.mark.parametrize(("backend", "unit"), (("CUDA", "mma.sync"), ("METAL", "simdgroup_multiply_accumulate")))
-def test_products_of_halves_use_the_units_for_them(backend, unit):
-    """Without them the compiler rounds each product of two halves to a half, and sums that: logits off by 0.05."""
-    products = [source for source in rendered(backend, "grouped", 64)
-                if len(re.findall(r"half\* data[1-9]", source)) >= 2]
-    assert len(products) >= 4
+def test_products_of_halves_use_the_units_for_them_and_read_what_lies_side_by_side_at_once(backend, unit):
+    """Otherwise the compiler rounds each product of two halves to a half, and sums that: logits off by 0.05."""
+    products = [source for source in rendered(backend, "grouped", 64, REAL)
+                if re.search(r"(__global__|kernel) void .*?halves_", source)]
+    assert sum("halves_tiles" in source for source in products) >= 2 and len(products) >= 6
     for source in products:
-        assert unit in source, re.search(r"(__global__|kernel void).*", source)[0][:200]
+        name = re.search(r"halves_\w+", source)[0]
+        assert unit in source, name
+        assert re.search(r"half4\*?\)", source), f"{name} reads x one half at a time"

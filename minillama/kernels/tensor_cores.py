@@ -19,7 +19,7 @@ from minillama.kernels.product import number, result
 
 program_cache.install()     # which counts `tiles`
 SPAN = 16                   # values of x whose sum is kept: the fewest that share a scale
-DEEP = 16                   # terms of a sum that a unit adds at once
+DEEP = 16                   # terms of a sum that one unit adds at once, or two of another kind
 HALF_MASK = 0xFFFFE000      # the bits of a float32 that a half has too
 LEAST, LARGEST = 2.0 ** -14, 65504.0    # of the halves that hold 11 bits
 LOW = 2048.0                # lifts what 11 bits leave to where halves are precise
@@ -73,29 +73,32 @@ def _pick(items: list[UOp], k: UOp) -> UOp:
     return out
 
 
-def dot(weight: Packed, arrays: tuple[UOp, ...], at: UOp, parts: UOp, sums: UOp, token: UOp, spans: UOp | int) -> UOp:
+def dot(weight: Packed, arrays: tuple[UOp, ...], at: UOp, parts: UOp, sums: UOp, token: UOp, spans: UOp | int,
+        deep: int) -> UOp:
     """A weight's row `at` times the row `token` of x, in so many `spans` of values that share a scale: an expression.
 
-    A unit adds up 16 products, whichever 16: four threads hold four values of each row. So that a thread finds its own
-    side by side, thread j takes octet j of a span, four values in this step and four in the next.
+    A unit adds up `deep` products, whichever they are; of 16 in a row, `k`, each of four threads has four. Which
+    values of x these numbers stand for is chosen so that a thread finds its own side by side: four, or eight in two
+    steps.
     """
     span = weight.layout.span
     steps = span // DEEP
     block = UOp.range(spans, 3, AxisType.REDUCE)
     part, k = UOp.range(2, 4, AxisType.REDUCE), UOp.range(DEEP, 6, AxisType.REDUCE)
-    step = UOp.range(steps, 5, AxisType.REDUCE) if steps > 1 else UOp.const(0, dtypes.weakint)
-    thread, place = (k // 2) % 4, (k // 8) * 2 + k - (k // 2) * 2       # place: 0 to 3; `k % 2` would split the loop
-    if steps > 1:
-        octet = weight.layout.octet(*arrays, at, block * 4 + thread)
-        quant, column = _pick(octet.quants, step * 4 + place), thread * OCTET + step * 4 + place
-    else:                                                               # two threads share an octet
-        octet = weight.layout.octet(*arrays, at, block * 2 + thread // 2)
-        quant = (thread % 2).eq(0).where(_pick(octet.quants[:4], place), _pick(octet.quants[4:], place))
-        column = thread * 4 + place
+    low, thread, high = k - (k // 2) * 2, (k // 2) % 4, k // 8              # `k % 2` would split the loop over k
+    if steps > 1:                                                           # a thread has an octet
+        step = UOp.range(steps, 5, AxisType.REDUCE)
+        half, place = (step, high * 2 + low) if deep == DEEP else (low, step * 2 + high)
+        over, i, column = (step, k), block * 4 + thread, thread * OCTET + half * 4 + place
+    else:                                                                   # two threads share one
+        half, place = thread % 2, high * 2 + low if deep == DEEP else low * 2 + high
+        over, i, column = (k,), block * 2 + thread // 2, thread * 4 + place
+    quants = weight.layout.octet(*arrays, at, i).quants
+    quant = half.eq(0).where(_pick(quants[:4], place), _pick(quants[4:], place))
     product = quant.cast(dtypes.half) * parts.index(token, part, block * span + column).load()
-    total = product.cast(dtypes.float32).reduce(*((step, k) if steps > 1 else (k,)), arg=Ops.ADD)
+    total = product.cast(dtypes.float32).reduce(*over, arg=Ops.ADD)
     total = (total * part.eq(0).where(UOp.const(1.0), UOp.const(1 / LOW))).reduce(part, arg=Ops.ADD)
-    first = weight.layout.octet(*arrays, at, block * (span // OCTET))   # its scale is that of the span
+    first = weight.layout.octet(*arrays, at, block * (span // OCTET))       # its scale is that of the span
     of_x = sum(sums.index(token, block * steps + n).load() for n in range(steps))
     return first.scaled(total, of_x).reduce(block, arg=Ops.ADD)
 
@@ -108,7 +111,8 @@ def linear(x: Halves, weight: Packed, residual: Tensor | None = None) -> Tensor:
 
     def kernel(out: UOp, parts: UOp, sums: UOp, *buffers: UOp) -> UOp:
         row, token = UOp.range(rows, 0), UOp.range(tokens, 1)
-        y = dot(weight, buffers[len(extra):], row, parts, sums, token, weight.columns // weight.layout.span)
+        y = dot(weight, buffers[len(extra):], row, parts, sums, token, weight.columns // weight.layout.span,
+                tuning.depth(x.parts.device))
         y = y + buffers[0].index(token, row).load() if extra else y
         return out.index(token, row).store(y).end(row, token).sink(
             arg=KernelInfo(f"halves_{weight.format}_{tokens}_{rows}_{weight.columns}", opts_to_apply=opts))
@@ -133,7 +137,7 @@ def tiles(x: Halves, weight: Packed, experts: Tensor, tile: int, rows: Tensor | 
         at = number(experts.index(t), weight.shape[0]) * width + row
         token = number(buffers[0].index(t * tile + place), all_tokens * used) // used if given else t * tile + place
         loops = (experts.index(t).load() < 0).where(*(UOp.const(n, dtypes.weakint) for n in (0, spans)))
-        y = dot(weight, buffers[len(given):], at, parts, sums, token, loops if skips else spans)
+        y = dot(weight, buffers[len(given):], at, parts, sums, token, loops if skips else spans, tuning.depth(device))
         return out.index(t * tile + place, row).store(y).end(row, t, place).sink(
             arg=KernelInfo(name, opts_to_apply=opts))
     return result(count * tile, width, like=x.parts).custom_kernel(

@@ -47,11 +47,12 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     octets, inside an `outer` sum or not; `times` over, for so many experts. Several `matrices` that are read at once
     leave a thread fewer rows of each."""
     spread = spread_for(device)
-    step = fitting(spread.step, octets)
-    most = max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
+    step, most = spread.step, max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
     if spread.lanes > 1:        # few rows in all: rather more threads than more rows in each (on an H100)
-        most = min(most, 1 if outer or rows * times < 2048 else 2 if rows * times < 8192 else most)
-    each = fitting(most, rows)
+        many, some = rows * times >= 8192, rows * times >= 2048
+        step = 1 if many and tokens > 1 else step           # what a step loads of all tokens must fit into registers
+        most = spread.rows // matrices if many or some and tokens > 2 else 2 if some and not outer else 1
+    step, each = fitting(step, octets), fitting(most, rows)
     lanes, groups = fitting(spread.lanes, octets // step), fitting(spread.groups, rows // each)
     opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
     opts += [Opt(OptOps.GROUP, int(outer), lanes)] if lanes > 1 else []
@@ -92,6 +93,11 @@ def multiplies_halves(device: str, rows: int) -> bool:
     return backend(device) in ("CUDA", "NV", "METAL") and rows % 16 == 0
 
 
+def depth(device: str) -> int:
+    """Terms of a sum that such a unit adds at once."""
+    return 8 if backend(device) == "METAL" else 16
+
+
 def skips_tiles(device: str) -> bool:
     """Whether a tile that nobody fills is passed over. Elsewhere that is not tried."""
     return backend(device) == "CUDA"
@@ -114,15 +120,15 @@ def bundle(tokens: int, rows: int) -> tuple[int, int]:
 def tensor_cores(device: str, bundle: int, rows: int, steps: int, tokens: int, each: int = 2, skips: bool = False,
                  ) -> tuple[Opt, ...]:
     """Options for a product on such units: rows of weights (axis 0) × tokens (axis `tokens`), summed over spans, over
-    two halves, and over `steps` of 16 terms. A bundle of threads does `each` times 16 rows for so many tokens; four bundles
-    make a block (measured on an H100). `skips`: how many spans there are, a kernel finds out.
+    two halves, and over `steps` of 16 terms. A bundle of threads does `each` times 16 rows for so many tokens; four
+    bundles make a block (measured on an H100). `skips`: how many spans there are, a kernel finds out.
 
     On other devices it is a plain loop: good for a test of what it computes.
     """
     if not multiplies_halves(device, rows):
         return ()
-    deep, wide = (16, 16) if backend(device) in ("CUDA", "NV") else (8, 8)      # terms and rows of a unit
-    short = (2 if steps > 1 else 1) + (deep < 16)                               # loops to write out
+    deep = wide = depth(device)                                     # terms and rows of a unit
+    short = (2 if steps > 1 else 1) + (deep < 16)                   # loops to write out
     opts = [Opt(OptOps.TC, 2 if steps > 1 else 1, (-1, 0, 1))] + [Opt(OptOps.UNROLL, int(not skips), 0)] * short
     opts += [Opt(OptOps.UPCAST, tokens, bundle // 8)] if bundle > 8 else []
     each = fitting(each, rows // wide)
