@@ -74,11 +74,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
     keys = (k * (end - total).exp()).contiguous().transpose(-1, -2)         # (heads, chunks, dim, chunk)
     states, news = [], []
     for n in range(tokens // chunk):
-        states.append(state.contiguous())
+        states.append(state)
         news.append((write[:, n] - erase[:, n] @ state).contiguous())       # (heads, chunk, dim)
         state = (state * end[:, n].exp() + keys[:, n] @ news[-1]).contiguous()
     # the outputs of all chunks at once: stacked one by one, each would be computed in the place of every other
-    before, new = (Tensor.stack(*parts, dim=1).contiguous() for parts in (states, news))
+    before, new = (Tensor.stack(*parts, dim=1).contiguous() if len(parts) > 1 else parts[0].unsqueeze(1)
+                   for parts in (states, news))
     out = (reads @ before).contiguous() + inside @ new                      # (heads, chunks, chunk, dim)
     return out.reshape(heads, tokens, dim).transpose(0, 1), state
 

@@ -126,9 +126,13 @@ def random_packed(format: str, shape: tuple[int, ...], deviation: float, fill: F
 
     def halves(*values: float) -> Tensor:
         """The last array: everywhere the same halves."""
-        bits = fill(layout.parts[-1].shape(rows, columns), 0, 0, dtypes.uint16).reshape(rows, -1, len(values))
-        bits = bits + Tensor([half_bits(value) for value in values], dtype=dtypes.uint16, device=bits.device)
-        return layout.parts[-1].stored(bits.reshape(rows, -1)).contiguous().realize()
+        part, shape = layout.parts[-1], layout.parts[-1].shape(rows, columns)
+        dtype = part.on(fill((1,), 0, 0, dtypes.uint16).device)
+        numbers = list(values) if dtype == part.dtype else [half_bits(value) for value in values]
+        if len(numbers) == 1:
+            return fill(shape, *numbers * 2, dtype)
+        zeros = fill(shape, 0, 0, dtype).reshape(rows, -1, len(numbers))
+        return (zeros + Tensor(numbers, dtype=dtype, device=zeros.device)).reshape(rows, -1).contiguous().realize()
     if format == "Q6_K":
         scales = fill(layout.parts[2].shape(rows, columns), 0x40404040, 0x40404040, dtypes.uint32)
         arrays = (*words(*layout.parts[:2]), scales, halves(d / 64))

@@ -88,12 +88,14 @@ class Part:
     span: int
     items: int = 1
 
+    def on(self, device: str) -> DType:
+        """The type that items have on a device."""
+        return BITS if self.dtype is HALF and not tuning.widens_halves(device) else self.dtype
+
     def stored(self, numbers: Tensor) -> Tensor:
         """Items given by their bits, unsigned, as they lie on that tensor's device."""
-        if self.dtype is not HALF:
-            return numbers.cast(self.dtype)
-        bits = numbers.cast(BITS)
-        return bits.bitcast(HALF) if tuning.widens_halves(numbers.device) else bits
+        dtype = self.on(numbers.device)
+        return numbers.cast(BITS).bitcast(HALF) if dtype is HALF else numbers.cast(dtype)
 
     def shape(self, rows: int, columns: int) -> tuple[int, int]:
         return rows, columns // self.span * self.items

@@ -8,7 +8,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.pyplot import close, subplots
 from tinygrad import Tensor, dtypes
 from tinygrad.codegen import to_program
-from tinygrad.codegen.opt import tc
 from tinygrad.uop.ops import KernelInfo, Ops
 
 from minillama.kernels.rendering import renderer
@@ -16,7 +15,6 @@ from minillama.show import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, YELLOW,
 
 COLOURS = (SKY, ORANGE, GREEN, YELLOW, PURPLE, RED, BLUE, "#BBBBBB")
 HATCHES = ("", "//", "..", "\\\\", "xx", "++", "--", "oo")
-CORES = {"CUDA": lambda: tc.get_cuda("sm_90"), "METAL": lambda: tc.metal}
 
 
 def _box(axes, x: float, y: float, expert: int | None, text: str) -> None:
@@ -90,7 +88,6 @@ def core_lines(backend: str, words: Sequence[str]) -> list[str]:
     """Lines with one of `words` in the source of a product of halves (64 × 64, 512 terms) for "CUDA" or "METAL", whose
     matrix units tinygrad may use."""
     language = renderer(backend)
-    language.tensor_cores = CORES[backend]()
     a, b = (Tensor.empty(64, 512, dtype=dtypes.half, device="CPU") for _ in range(2))
     kernels = [call.src[0] for call in a.matmul(b.T, dtype=dtypes.float32).schedule_linear().src]
     tree = next(kernel for kernel in kernels if kernel.op is Ops.SINK)
@@ -99,18 +96,21 @@ def core_lines(backend: str, words: Sequence[str]) -> list[str]:
     return [line.strip() for line in source.splitlines() if any(word in line for word in words)]
 
 
-def standing(ours: Mapping[str, float], theirs: Mapping[str, tuple[float, float]],
+def standing(ours: Mapping[str, float], before: Mapping[str, float], theirs: Mapping[str, tuple[float, float]],
              limits: Mapping[str, float]) -> Figure:
-    """Tokens a second, ours as bars and theirs as ranges; `limits` as lines over all of it, named above."""
-    figure, axes = canvas("Tokens a second, 80B shapes, one H100", 8, 1.5 + 0.5 * len(ours))
-    for row, (name, speed) in enumerate(ours.items()):
-        axes.barh(row - 0.2, speed, 0.36, color=BLUE, label=None if row else "minillama")
-        axes.text(speed * 1.05, row - 0.2, f"{speed:,.0f}", va="center", fontsize=8)
-        low, high = theirs[name]
-        axes.barh(row + 0.2, high, 0.36, color=ORANGE, hatch="//", edgecolor="white",
-                  label=None if row else "llama.cpp b11434")
-        text = f"{low:,.0f}–{high:,.0f}" if low < high else f"{high:,.0f}"
-        axes.text(high * 1.05, row + 0.2, text, va="center", fontsize=8)
+    """Tokens a second, ours as bars, now and `before`, and theirs as ranges; `limits` as lines over all of it, named
+    above."""
+    figure, axes = canvas("Tokens a second, 80B shapes, one H100", 8, 1.6 + 0.75 * len(ours))
+    for row, name in enumerate(ours):
+        bars = (("minillama, tiles in float32", before[name], SKY, ""),
+                ("minillama, tiles on tensor cores", ours[name], BLUE, ""),
+                ("llama.cpp b11434", theirs[name][1], ORANGE, "//"))
+        for place, (label, speed, colour, hatch) in enumerate(bars):
+            axes.barh(row + 0.28 * (place - 1), speed, 0.25, color=colour, hatch=hatch, edgecolor="white",
+                      label=None if row else label)
+            low = theirs[name][0] if place == 2 else speed
+            text = f"{low:,.0f}–{speed:,.0f}" if low < speed else f"{speed:,.0f}"
+            axes.text(speed * 1.05, row + 0.28 * (place - 1), text, va="center", fontsize=8)
     for (name, value), style in zip(limits.items(), ("--", ":", "-."), strict=False):
         axes.axvline(value, linestyle=style, color=BLACK, linewidth=1.2, label=f"{name}: {value:,.0f}")
     axes.set(yticks=range(len(ours)), yticklabels=list(ours))
