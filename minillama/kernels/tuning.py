@@ -6,7 +6,9 @@ block. CPUs have no such lanes: there a few rows at once keep the vector units b
 problem gives way to the next smaller power of two that does. What is not measured says so.
 """
 from dataclasses import dataclass
+from functools import cache
 
+from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 
 
@@ -88,9 +90,22 @@ def copying(device: str, size: int) -> tuple[Opt, ...] | None:
     return Opt(OptOps.UPCAST, 0, each), Opt(OptOps.LOCAL, 0, fitting(256, size // each))
 
 
+@cache
+def has_tensor_cores(device: str) -> bool:
+    """Whether a device has units that multiply matrices of halves and add up floats; one that is not here, for which
+    kernels are only rendered, has those of its backend."""
+    if backend(device) not in ("CUDA", "NV", "METAL"):
+        return False
+    try:
+        units = Device[device].renderer.tensor_cores
+    except Exception:       # whatever a missing driver raises: it differs by backend
+        return True
+    return any((unit.dtype_in, unit.dtype_out) == (dtypes.half, dtypes.float) for unit in units)
+
+
 def multiplies_halves(device: str, rows: int) -> bool:
-    """Whether a product with so many rows of weights can use units that multiply matrices of halves."""
-    return backend(device) in ("CUDA", "NV", "METAL") and rows % 16 == 0
+    """Whether a product with so many rows of weights can use such units."""
+    return has_tensor_cores(device) and rows % 16 == 0
 
 
 def depth(device: str) -> int:
