@@ -83,7 +83,7 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("packed", "12", "llama.cpp's quantized products: blocks unpacked in the kernel", {"weights": "packed"}, Ledger(
         "each format gives its own golden logits", "a weight of 4.5 bits is read as 4.5 bits, not as 32",
         "decoding, where reading weights is nearly all of the time",
-        "a few to sixteen tokens at once, where sums cost more than bytes; a prompt unpacks every matrix once a batch",
+        "a few to sixteen tokens at once, where sums cost more than bytes; a prompt without tensor cores unpacks all",
         "`weights=float`",
         "a model that fits into the cache is not read from memory at all")),
     ("grouped", "13", "ggml_mul_mat_id for batches: rows sorted by expert", {"experts": "grouped"}, Ledger(

@@ -160,7 +160,7 @@ def test_two_halves_hold_a_float_to_21_bits():
     halves = tensor_cores.halves(x)
     assert off(added(halves), x) < 2.0 ** -21
     small = (x / 4096).realize()
-    assert off(added(tensor_cores.halves(small)), small) < 2.0 ** -15
+    assert off(added(tensor_cores.halves(small)), small) < 2.0 ** -14
     assert off(halves.sums, x.numpy().reshape(20, -1, tensor_cores.SPAN).sum(-1)) < 1e-6
 
 

@@ -73,14 +73,21 @@ def _pick(items: list[UOp], k: UOp) -> UOp:
     return out
 
 
-def dot(weight: Packed, arrays: tuple[UOp, ...], at: UOp, parts: UOp, sums: UOp, token: UOp, spans: UOp | int,
-        deep: int) -> UOp:
+def operands(x: Halves, weight: Packed) -> list[Tensor]:
+    """What a kernel must be given for `dot`: x's sums only where there are scales, and then the weight's arrays."""
+    return [x.parts, *([x.sums] if weight.layout.block > 1 else []), *weight.arrays]
+
+
+def dot(weight: Packed, given: tuple[UOp, ...], at: UOp, token: UOp, spans: UOp | int, deep: int) -> UOp:
     """A weight's row `at` times the row `token` of x, in so many `spans` of values that share a scale: an expression.
+    given: `operands` in the kernel.
 
     A unit adds up `deep` products, whichever they are; of 16 in a row, `k`, each of four threads has four. Which
     values of x these numbers stand for is chosen so that a thread finds its own side by side: four, or eight in two
     steps.
     """
+    parts, *arrays = given
+    sums = arrays.pop(0) if weight.layout.block > 1 else None
     span = weight.layout.span
     steps = span // DEEP
     block = UOp.range(spans, 3, AxisType.REDUCE)
@@ -98,9 +105,10 @@ def dot(weight: Packed, arrays: tuple[UOp, ...], at: UOp, parts: UOp, sums: UOp,
     product = quant.cast(dtypes.half) * parts.index(token, part, block * span + column).load()
     total = product.cast(dtypes.float32).reduce(*over, arg=Ops.ADD)
     total = (total * part.eq(0).where(UOp.const(1.0), UOp.const(1 / LOW))).reduce(part, arg=Ops.ADD)
-    first = weight.layout.octet(*arrays, at, block * (span // OCTET))       # its scale is that of the span
-    of_x = sum(sums.index(token, block * steps + n).load() for n in range(steps))
-    return first.scaled(total, of_x).reduce(block, arg=Ops.ADD)
+    if sums is not None:
+        first = weight.layout.octet(*arrays, at, block * (span // OCTET))   # its scale is that of the span
+        total = first.scaled(total, sum(sums.index(token, block * steps + n).load() for n in range(steps)))
+    return total.reduce(block, arg=Ops.ADD)
 
 
 def linear(x: Halves, weight: Packed, residual: Tensor | None = None) -> Tensor:
@@ -109,22 +117,22 @@ def linear(x: Halves, weight: Packed, residual: Tensor | None = None) -> Tensor:
     size, each = tuning.bundle(tokens, rows)
     opts = tuning.tensor_cores(x.parts.device, size, rows, weight.layout.span // DEEP, tokens=1, each=each)
 
-    def kernel(out: UOp, parts: UOp, sums: UOp, *buffers: UOp) -> UOp:
+    def kernel(out: UOp, *buffers: UOp) -> UOp:
         row, token = UOp.range(rows, 0), UOp.range(tokens, 1)
-        y = dot(weight, buffers[len(extra):], row, parts, sums, token, weight.columns // weight.layout.span,
+        y = dot(weight, buffers[len(extra):], row, token, weight.columns // weight.layout.span,
                 tuning.depth(x.parts.device))
         y = y + buffers[0].index(token, row).load() if extra else y
         return out.index(token, row).store(y).end(row, token).sink(
             arg=KernelInfo(f"halves_{weight.format}_{tokens}_{rows}_{weight.columns}", opts_to_apply=opts))
-    return result(tokens, rows, like=x.parts).custom_kernel(x.parts, x.sums, *extra, *weight.arrays, fxn=kernel)[0]
+    return result(tokens, rows, like=x.parts).custom_kernel(*extra, *operands(x, weight), fxn=kernel)[0]
 
 
 def tiles(x: Halves, weight: Packed, experts: Tensor, tile: int, rows: Tensor | None = None, used: int = 1) -> Tensor:
     """Tiles of x's rows, each times one expert's matrix of weight (experts, rows, columns): (places, rows).
 
-    experts (tiles,) int32, below 0 for a tile that nobody fills: its result means nothing, and on a GPU it takes no
-    time. rows (places,) int32: the assignment in each place, of which x has one row for `used`; None: x lies in the
-    places' order.
+    experts (tiles,) int32, below 0 for a tile that nobody fills: its result means nothing, and on CUDA it takes next
+    to no time. rows (places,) int32: the assignment in each place, of which x has one row for `used`; None: x lies in
+    the places' order.
     """
     count, width, all_tokens, device = experts.shape[0], weight.shape[1], x.parts.shape[0], x.parts.device
     given, spans = [] if rows is None else [rows], weight.columns // weight.layout.span
@@ -132,13 +140,13 @@ def tiles(x: Halves, weight: Packed, experts: Tensor, tile: int, rows: Tensor | 
     opts = tuning.tensor_cores(device, tile, width, weight.layout.span // DEEP, tokens=2, skips=skips)
     name = f"halves_tiles_{weight.format}_{count}_{tile}_{width}_{weight.columns}"
 
-    def kernel(out: UOp, parts: UOp, sums: UOp, experts: UOp, *buffers: UOp) -> UOp:
+    def kernel(out: UOp, experts: UOp, *buffers: UOp) -> UOp:
         row, t, place = UOp.range(width, 0), UOp.range(count, 1), UOp.range(tile, 2)
         at = number(experts.index(t), weight.shape[0]) * width + row
         token = number(buffers[0].index(t * tile + place), all_tokens * used) // used if given else t * tile + place
         loops = (experts.index(t).load() < 0).where(*(UOp.const(n, dtypes.weakint) for n in (0, spans)))
-        y = dot(weight, buffers[len(given):], at, parts, sums, token, loops if skips else spans, tuning.depth(device))
+        y = dot(weight, buffers[len(given):], at, token, loops if skips else spans, tuning.depth(device))
         return out.index(t * tile + place, row).store(y).end(row, t, place).sink(
             arg=KernelInfo(name, opts_to_apply=opts))
     return result(count * tile, width, like=x.parts).custom_kernel(
-        x.parts, x.sums, experts, *given, *weight.arrays, fxn=kernel)[0]
+        experts, *given, *operands(x, weight), fxn=kernel)[0]
