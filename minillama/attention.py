@@ -41,8 +41,8 @@ def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, start: int | UOp) 
     """`attend` for many tokens at a position that is a variable: over all rows of a cache (positions, kv_heads, dim),
     positions a multiple of BLOCK, whose rows behind the text may hold anything.
 
-    The rows that count are taken in whole blocks. Of their number only that of the blocks varies, and what has a fixed
-    size can be cut into tiles: measured, 4 times as fast on a CPU as with a varying number of rows.
+    The rows that count are taken in whole blocks: then only the number of blocks varies, and a compiler can unroll and
+    tile what is inside, which has a fixed size.
     """
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
     group, most = heads // kv_heads, positions // BLOCK

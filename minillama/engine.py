@@ -42,7 +42,7 @@ class Engine:
         self.weights, self.config, self.recipe, self.tokenizer = weights, config, recipe, tokenizer
         self.context, self.device, self.batches = min(context, config.context), device, batches
         positions = self.context + max(*batches, 2 * SLOTS + 2 * recipe.draft)  # a last batch may overrun the context
-        positions += -positions % BLOCK
+        positions += -positions % BLOCK         # whole blocks, for a prompt's attention
         self.state = State.zeros(config, positions, device, SLOTS + recipe.draft if recipe.delta == "fused" else 0)
         self.table = rope_table(positions, config.rope_dim, config.rope_base, device)
         self.start = UOp.variable("start", 0, self.context)

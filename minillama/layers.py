@@ -45,6 +45,7 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
     more = None if residual is None else residual.reshape(-1, weight.rows)
     if x.shape[0] <= FEW:
         return product.linear(x, weight, more).reshape(shape)
+    # a unit takes the rows of eight tokens
     if tuning.multiplies_halves(x.device, weight.rows) and tensor_cores.fits(weight) and x.shape[0] % 8 == 0:
         return tensor_cores.linear(tensor_cores.halves(x), weight, more).reshape(shape)
     y = x @ unpacked(weight).T                                              # (tokens, rows)

@@ -30,7 +30,7 @@ def speed_table(result: Result) -> str:
         test = row.name.split()[0]
         if test in plain:
             share = speed(row) / speed(plain[test])
-            lines.append([row.name + (" (simulated)" if row.simulated else ""), f"{speed(row):,.0f}", f"{share:.0%}",
+            lines.append([row.name + (" (simulated)" if row.simulated else ""), f"{speed(row):,.0f}", f"{share:.1%}",
                           LLAMA_CPP.get(row.name, "–") if result.device.name.startswith("NVIDIA H100") else "–"])
     return markdown(lines)
 

@@ -114,7 +114,7 @@ def dot(weight: Packed, given: tuple[UOp, ...], at: UOp, token: UOp, spans: UOp 
 def linear(x: Halves, weight: Packed, residual: Tensor | None = None) -> Tensor:
     """x (tokens, columns) times a matrix (rows, columns) transposed, plus `residual`: (tokens, rows)."""
     tokens, rows, extra = x.parts.shape[0], weight.rows, [] if residual is None else [residual]
-    size, each = tuning.bundle(tokens, rows)
+    size, each = tuning.warp_tile(tokens, rows)
     opts = tuning.tensor_cores(x.parts.device, size, rows, weight.layout.span // DEEP, tokens=1, each=each)
 
     def kernel(out: UOp, *buffers: UOp) -> UOp:

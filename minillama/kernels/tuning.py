@@ -109,7 +109,7 @@ def multiplies_halves(device: str, rows: int) -> bool:
 
 
 def depth(device: str) -> int:
-    """Terms of a sum that such a unit adds at once."""
+    """Terms of a sum that such a unit adds at once. (On NVIDIA's from Ampere on; Turing's eight are not tried.)"""
     return 8 if backend(device) == "METAL" else 16
 
 
@@ -123,20 +123,20 @@ def tile_rows(device: str, assignments: int, experts: int) -> int:
     return 16 if assignments >= 4 * experts else 8 if multiplies_halves(device, 16) else 4
 
 
-def bundle(tokens: int, rows: int) -> tuple[int, int]:
-    """Tokens, and times 16 rows, that a bundle of threads does at once where all rows of weights meet all tokens: more
-    where bundles enough for a whole GPU remain (measured on an H100)."""
-    for size, each, bundles in ((32, 4, 2048), (64, 2, 512), (16, 2, 512)):
-        if tokens // size * (rows // (16 * each)) >= bundles:
+def warp_tile(tokens: int, rows: int) -> tuple[int, int]:
+    """Tokens, and times 16 rows, that a warp (32 threads) does at once where all rows of weights meet all tokens: more
+    where warps enough for a whole GPU remain (measured on an H100)."""
+    for size, each, warps in ((32, 4, 2048), (64, 2, 512), (16, 2, 512)):
+        if tokens // size * (rows // (16 * each)) >= warps:
             return fitting(size, tokens), each
     return fitting(16, tokens), 1
 
 
-def tensor_cores(device: str, bundle: int, rows: int, steps: int, tokens: int, each: int = 2, skips: bool = False,
+def tensor_cores(device: str, size: int, rows: int, steps: int, tokens: int, each: int = 2, skips: bool = False,
                  ) -> tuple[Opt, ...]:
     """Options for a product on such units: rows of weights (axis 0) × tokens (axis `tokens`), summed over spans, over
-    two halves, and over `steps` of 16 terms. A bundle of threads does `each` times 16 rows for so many tokens; four
-    bundles make a block (measured on an H100). `skips`: how many spans there are, a kernel finds out.
+    two halves, and over `steps` of 16 terms. A warp does `each` times 16 rows for `size` tokens; four warps make a
+    block (measured on an H100). `skips`: how many spans there are, a kernel finds out.
 
     On other devices it is a plain loop: good for a test of what it computes.
     """
@@ -145,7 +145,7 @@ def tensor_cores(device: str, bundle: int, rows: int, steps: int, tokens: int, e
     deep = wide = depth(device)                                     # terms and rows of a unit
     short = (2 if steps > 1 else 1) + (deep < 16)                   # loops to write out
     opts = [Opt(OptOps.TC, 2 if steps > 1 else 1, (-1, 0, 1))] + [Opt(OptOps.UNROLL, int(not skips), 0)] * short
-    opts += [Opt(OptOps.UPCAST, tokens, bundle // 8)] if bundle > 8 else []
+    opts += [Opt(OptOps.UPCAST, tokens, size // 8)] if size > 8 else []
     each = fitting(each, rows // wide)
     opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
     blocks = fitting(4, rows // wide // each)
