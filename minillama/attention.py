@@ -6,7 +6,7 @@ from tinygrad import Tensor, UOp
 
 from minillama.config import ModelConfig
 from minillama.kernels import attention as kernels
-from minillama.kernels import tuning
+from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Column
 from minillama.layers import FEW, columns, linear, project, rms_norm, rope
@@ -47,15 +47,24 @@ def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, start: int | UOp) 
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
     group, most = heads // kv_heads, positions // BLOCK
     blocks = (start + (tokens + BLOCK - 1)) // BLOCK
-    k, v = (rows.reshape(most, BLOCK, kv_heads, dim)[:blocks].permute(0, 2, 1, 3).float() for rows in (keys, values))
-    q = q.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * tokens, dim)
-    scores = q.contiguous() @ k.transpose(-1, -2) * dim ** -0.5             # (blocks, kv_heads, group * tokens, BLOCK)
+    k, v = (part.reshape(most, BLOCK, kv_heads, dim)[:blocks].permute(0, 2, 1, 3).float() for part in (keys, values))
+    rows = group * tokens                                                   # of queries that share their keys
+    q = q.reshape(tokens, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, rows, dim).contiguous()
+    units = rows >= 32 and dim % 16 == 0 and tuning.multiplies_halves(q.device, rows)
+    scores = tensor_cores.product(q, k) if units else q @ k.transpose(-1, -2)
+    scores = scores * dim ** -0.5                                           # (blocks, kv_heads, rows, BLOCK)
     seen = Tensor.arange(positions).reshape(most, 1, 1, 1, BLOCK)[:blocks] <= (
         Tensor.arange(tokens).reshape(1, 1, 1, tokens, 1) + start)
     scores = seen.where(scores.reshape(blocks, kv_heads, group, tokens, BLOCK), float("-inf")).contiguous()
-    parts = (scores - scores.max((0, -1), keepdim=True)).exp().contiguous()
-    out = (parts.reshape(blocks, kv_heads, group * tokens, BLOCK) @ v).sum(0)       # (kv_heads, group * tokens, dim)
-    out = out / parts.sum((0, -1)).reshape(kv_heads, group * tokens, 1)
+    parts = (scores - scores.max((0, -1), keepdim=True)).exp()
+    parts = (parts if units else parts.contiguous()).reshape(blocks, kv_heads, rows, BLOCK)
+    if units:       # in one sum over all positions: the optimizer puts no other on the units
+        factors = tensor_cores.fours(parts), tensor_cores.fours(v.transpose(-1, -2), second=True)
+        out = tensor_cores.multiplied(*(x.permute(1, 2, 0, 3).reshape(kv_heads, x.shape[2], blocks * 4 * BLOCK)
+                                        for x in factors))                  # (kv_heads, rows, dim)
+    else:
+        out = (parts @ v).sum(0)
+    out = out / parts.sum((0, -1)).unsqueeze(-1)
     return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
 
 

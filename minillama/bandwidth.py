@@ -2,7 +2,8 @@
 
 A sample is the replay of a graph of many launches, each after the one before (all write to the same place, as the
 captured graph's memory plan has it). They go round over more copies of the weights than any cache holds.
-Counted are the bytes of the weights that a launch must read, once; what a launch costs is in its time.
+Counted are the bytes of the weights that a launch must read, once; what a launch costs is in its time, and the row
+"launch" tells how much that is: a matrix of 4 KB.
 
 `DEV=CUDA python -m minillama.bandwidth` measures and keeps the result; `--store` keeps it among the project's own.
 """
@@ -101,6 +102,7 @@ class Cases:
         """Formats whose blocks do not divide the rows are left out."""
         c = self.config
         inputs = c.conv_channels + c.value_width + 2 * c.v_heads            # rows that read the hidden state, stacked
+        yield self.linear("F32", 32, 32, name="launch")
         known = [f for f in FORMATS if all(size % LAYOUTS[f].block == 0 for size in (c.hidden, c.expert_width))]
         for format in known:
             yield self.linear(format, inputs, c.hidden)

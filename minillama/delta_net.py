@@ -7,6 +7,7 @@ Source: Yang, Kautz & Hatamizadeh 2024, "Gated Delta Networks"; llama.cpp #16095
 from tinygrad import Tensor
 
 from minillama.config import ModelConfig
+from minillama.kernels import chunks as chunk_kernels
 from minillama.kernels import delta as kernels
 from minillama.layers import columns, l2_norm, linear, project, rms_norm
 from minillama.weights import DeltaNetWeights
@@ -82,6 +83,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
                    for parts in (states, news))
     out = (reads @ before).contiguous() + inside @ new                      # (heads, chunks, chunk, dim)
     return out.reshape(heads, tokens, dim).transpose(0, 1), state
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`chunked`, where threads can share memory with two kernels in place of its solving and its loop."""
+    form = chunk_kernels.chunked if chunk_kernels.fits(q.device, *v.shape[::2]) else chunked
+    return form(q, k, v, g, beta, state)
 
 
 def inverse_of_unit_lower(lower: Tensor) -> Tensor:

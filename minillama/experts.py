@@ -69,13 +69,17 @@ def plain(weight: Tensor | Packed) -> Tensor:
 
 
 def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, residual: Tensor | None = None,
-                  ) -> tuple[Tensor, Tensor, Tensor]:
+                  ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Routed experts plus the gated shared expert, plus `residual`. x (..., hidden); `routed`: one of the forms above.
 
-    Returns y (..., hidden), and for training the router's softmax (tokens, experts) and choice (tokens, used).
+    Returns y (..., hidden), and for training the router's softmax (tokens, experts; None where weights are packed) and
+    choice (tokens, used).
     """
     rows = x.reshape(-1, config.hidden)                                     # (tokens, hidden)
-    ids, probs, every = route(rows, w.router, config.experts_used)
+    if isinstance(w.router, Packed):
+        (ids, probs), every = router.route(linear(rows, w.router), config.experts_used), None
+    else:
+        ids, probs, every = route(rows, w.router, config.experts_used)
     y = routed(rows, w, ids, probs)
     gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
     shared = linear(swiglu(gate, up), w.shared_down)

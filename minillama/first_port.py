@@ -10,7 +10,7 @@ from tinygrad import Tensor, UOp
 
 from minillama.attention import attend, keys_and_values
 from minillama.config import ModelConfig
-from minillama.delta_net import causal_conv, chunked, inverse_of_unit_lower, recurrent
+from minillama.delta_net import causal_conv, chunked, fused, inverse_of_unit_lower, recurrent
 from minillama.layers import l2_norm, linear, project, rms_norm
 from minillama.state import after
 from minillama.weights import AttentionWeights, DeltaNetWeights
@@ -76,7 +76,8 @@ def recurrent_with_copies(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     return (outs[0] if len(outs) == 1 else copied(outs[0].cat(*outs[1:]), "concat")), state
 
 
-WITH_COPIES = {recurrent: recurrent_with_copies, chunked: chunked_with_copies}
+WITH_COPIES = {recurrent: recurrent_with_copies, chunked: chunked_with_copies,
+               fused: chunked_with_copies}
 
 
 def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window: Tensor, state: Tensor,

@@ -78,7 +78,8 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("fused-delta", "11", "#19504: one operation for the delta rule", {"delta": "fused"}, Ledger(
         "output, convolution window and memory equal the recurrence's, wherever the text is cut",
         "the memory is written once, and read once where threads share memory; a few kernels start where many did",
-        "decoding", "where threads share none, a second pass and a norm remain; prompts take the chunks as before",
+        "decoding; prompts, where two kernels carry the memory through all chunks",
+        "where threads share none, a second pass and a norm remain, and prompts take the chunks as before",
         "`delta=chunked`", "a small model's memory stays in the cache: bytes saved there are not time saved")),
     ("packed", "12", "llama.cpp's quantized products: blocks unpacked in the kernel", {"weights": "packed"}, Ledger(
         "each format gives its own golden logits", "a weight of 4.5 bits is read as 4.5 bits, not as 32",

@@ -24,7 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Scale rows to length 1. x (..., dim); `eps` stands inside the root, as in the reference model."""
-    return x * (x.square().sum(axis=-1, keepdim=True) + eps).rsqrt()
+    squares = x.square().sum(axis=-1, keepdim=True)
+    if tuning.shares_memory(x.device):      # left to itself, the optimizer has a few threads sum up all rows
+        squares = squares.contiguous(arg=tuning.grouped(tuning.lanes(x.device, x.shape[-1])))
+    return x * (squares + eps).rsqrt()
 
 
 def linear(x: Tensor, weight: Tensor | Packed, residual: Tensor | None = None) -> Tensor:
@@ -46,9 +49,10 @@ def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> 
     if x.shape[0] <= FEW:
         return product.linear(x, weight, more).reshape(shape)
     # a unit takes the rows of eight tokens
-    if tuning.multiplies_halves(x.device, weight.rows) and tensor_cores.fits(weight) and x.shape[0] % 8 == 0:
+    units = tuning.multiplies_halves(x.device, weight.rows) and x.shape[0] % 8 == 0
+    if units and tensor_cores.fits(weight):
         return tensor_cores.linear(tensor_cores.halves(x), weight, more).reshape(shape)
-    y = x @ unpacked(weight).T                                              # (tokens, rows)
+    y = tensor_cores.long_product(x, unpacked(weight)) if units else x @ unpacked(weight).T     # (tokens, rows)
     return (y if more is None else y + more).reshape(shape)
 
 

@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 DRAFTS = 4          # at most: a token more must fit into the kernels for few tokens
 LOADED = ("projections", "weights")     # how weights are laid out when a file is loaded: an engine cannot change it
 FORMS: dict[str, dict[str, Callable]] = {
-    "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked, "fused": delta_net.chunked},
+    "delta": {"recurrent": delta_net.recurrent, "chunked": delta_net.chunked, "fused": delta_net.fused},
     "experts": {"dense": experts.dense, "gathered": experts.gathered, "grouped": experts.grouped},
 }
 

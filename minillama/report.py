@@ -119,7 +119,7 @@ def formats_table(results: list[Result]) -> str:
 def bandwidth_table(result: Result) -> str:
     """Markdown: GB/s of every format and kernel for one token, with the share of the copy's."""
     cells: dict[str, dict[str, str]] = {}
-    for row in result.rows[1:]:
+    for row in (row for row in result.rows if re.match("linear|experts|head|router|shared", row.name)):
         kind, format, shape = re.fullmatch(r"(.+?) ([A-Z]+\d\w*) (.+)", row.name).groups()
         if row.tokens == 1:
             cells.setdefault(f"{kind} {shape}", {})[format] = (
@@ -144,10 +144,12 @@ def tokens_table(result: Result) -> str:
 def bandwidth_section(result: Result) -> list[str]:
     """The two tables of one machine, and what they hold."""
     copy = result.rows[0].values["gigabytes_a_second"]
+    launch = next((f" (that of a matrix of 4 KB takes {median(row.samples_ns) / 1e3:.1f} µs)" for row in result.rows
+                   if row.name.startswith("launch")), "")
     return [f"How fast packed weights are read, {device_of(result)}, {result.model.name}'s shapes: GB/s for one token "
             f"and the share of what a copy reads and writes here ({copy:,.0f} GB/s). Each launch waits for the one "
-            f"before, as in the model, and its start is in its time; each reads other weights than the one before, so "
-            f"that no cache holds them:", bandwidth_table(result),
+            f"before, as in the model, and its start is in its time{launch}; each reads other weights than the one "
+            f"before, so that no cache holds them:", bandwidth_table(result),
             "Several tokens at once (drafts), microseconds a launch; experts are others for every token:",
             tokens_table(result)]
 

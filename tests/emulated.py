@@ -3,14 +3,15 @@ test_render.py, with DEV=PYTHON::sm_90 or DEV=PYTHON::METAL.
 
     python emulated.py CUDA|METAL FORMAT
 
-Prints, for a dense product and for tiles of experts, the largest difference from the twin, relative to its largest
-value.
+Prints, for a dense product, for tiles of experts and for a prompt's attention, the largest difference from the twin,
+relative to its largest value.
 """
 import sys
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, UOp
 
+from minillama.attention import BLOCK, attend, attend_in_blocks
 from minillama.kernels import groups, product, tensor_cores, tuning
 from minillama.shapes import hashed, random_packed
 
@@ -35,6 +36,11 @@ def main() -> None:
     share = Tensor(rng.random((TOKENS, USED), dtype=np.float32)).realize()
     got = groups.experts(x, gate, up, down, groups.group(ids, EXPERTS), share)
     print(off(got, product.mixed_twin(product.gated_twin(x, gate, up, ids, share), down, ids)))
+    q, keys, values = (Tensor(rng.standard_normal(shape, dtype=np.float32)).realize() for shape in
+                       ((TOKENS, 2, 16), (2 * BLOCK, 1, 16), (2 * BLOCK, 1, 16)))
+    start = UOp.variable("start", 0, BLOCK).bind(BLOCK - 5)     # the text ends in the second block
+    got, seen = attend_in_blocks(q, keys, values, start), BLOCK - 5 + TOKENS
+    print(off(got, attend(q, keys[:seen], values[:seen], BLOCK - 5)))
 
 
 if __name__ == "__main__":

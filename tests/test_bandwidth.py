@@ -25,7 +25,7 @@ def test_cases_of_every_format_and_several_tokens():
     assert len({(case.name, case.tokens) for case in cases}) == len(cases)
     found = {(case.name.split()[0], case.tokens) for case in cases}
     assert found == {("linear", 1), ("linear", 2), ("linear", 4), ("linear", 8), ("experts", 1), ("experts", 2),
-                     ("experts", 4), ("experts", 8), ("shared", 1), ("head", 1), ("router", 1)}
+                     ("experts", 4), ("experts", 8), ("shared", 1), ("head", 1), ("router", 1), ("launch", 1)}
     assert all(any(f" {format} " in case.name for case in cases) for format in FORMATS)
     for case in cases:
         assert case.calls and case.bytes > 0

@@ -4,10 +4,11 @@ import pytest
 from tinygrad import Tensor, dtypes
 
 from minillama.blocks import FORMATS, pack, unpack
-from minillama.kernels import attention, delta, groups, norm, product, ring, router, tensor_cores
+from minillama.delta_net import chunked
+from minillama.kernels import attention, chunks, delta, groups, norm, product, ring, router, tensor_cores
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed, rows_of, unpacked
-from minillama.layers import rms_norm, rope
+from minillama.layers import l2_norm, rms_norm, rope
 
 TOLERANCE = 5e-6        # relative to the largest value; float32 sums in another order differ by some 1e-6
 EACH = pytest.mark.parametrize("format", LAYOUTS)
@@ -155,6 +156,17 @@ def added(halves: tensor_cores.Halves) -> Tensor:
     return halves.parts[:, 0].float() + halves.parts[:, 1].float() / tensor_cores.LOW
 
 
+@pytest.mark.host       # PoCL rounds the product of two halves to a half, and has no subnormal ones
+@pytest.mark.parametrize("scale", (1e-2, 1.0, 1e3))
+def test_products_of_pairs_of_halves_keep_21_bits(scale):
+    a, b = numbers(24, 256) * scale, numbers(16, 256, seed=1)
+    exact = a.astype(np.float64) @ b.astype(np.float64).T
+    for form in (tensor_cores.product, tensor_cores.long_product):
+        assert off(form(Tensor(a), Tensor(b)), exact) < TOLERANCE
+    a[0, 0] = 1e6                                               # more than the largest half
+    assert np.isfinite(tensor_cores.product(Tensor(a), Tensor(b)).numpy()).all()
+
+
 def test_two_halves_hold_a_float_to_21_bits():
     x = tensor(20, 256)
     halves = tensor_cores.halves(x)
@@ -230,6 +242,33 @@ def test_the_delta_step_equals_its_twin_in_both_forms(form, tokens, position):
     got = getattr(delta, form)(qkv, (source, z), (source, b), (source, a), memories, *small, 1e-6,
                                Tensor([position], dtype=dtypes.int32).realize())
     assert off(got, want) < TOLERANCE and off(memories, kept) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", ("any", "strong decay", "one key", "padding"))
+def test_chunks_in_two_kernels_equal_the_chunked_form(case):
+    from tinygrad import Device
+    if not Device[Device.DEFAULT].renderer.has_local:
+        pytest.skip("no memory that threads share on this device")
+    tokens, chunk = 48, 16
+    q, k = l2_norm(tensor(tokens, K_HEADS, DIM)).realize(), l2_norm(tensor(tokens, K_HEADS, DIM, seed=1)).realize()
+    v, g, beta = tensor(tokens, V_HEADS, DIM), -tensor(tokens, V_HEADS).exp(), tensor(tokens, V_HEADS).sigmoid()
+    state, text = tensor(V_HEADS, DIM, DIM, seed=2), (Tensor.arange(tokens) < 16).float().reshape(-1, 1)
+    g, beta = {"any": (g, beta), "strong decay": (g * 30, beta), "one key": (g * 0, beta * 0 + 1),
+               "padding": (g * text, beta * text)}[case]
+    k = k[:1].expand(k.shape).contiguous() if case == "one key" else k
+    given = [x.realize() for x in (q, k, v, g, beta, state)]
+    out, after = chunks.chunked(*given, chunk=chunk)
+    wanted, memory = chunked(*given, chunk=chunk)
+    assert off(out, wanted) < TOLERANCE and off(after, memory) < TOLERANCE
+    if case == "padding":
+        first = [x[:16].realize() for x in given[:5]]
+        assert np.array_equal(after.numpy(), chunks.chunked(*first, state, chunk=chunk)[1].numpy())
+
+
+def test_which_prompts_the_two_kernels_take():
+    assert chunks.fits("CUDA", 512, 128) and chunks.fits("METAL:1", 64, 64)
+    wrong = ("CPU", 512, 128), ("CUDA", 8, 128), ("CUDA", 512, 32), ("CUDA", 64, 192), ("CUDA", 64, 1024)
+    assert not any(chunks.fits(*case) for case in wrong)
 
 
 def test_more_tokens_than_a_ring_has_room_for_are_refused():

@@ -104,7 +104,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         key = [keys.index(at.valid(at < end), group, d).load() for d in dims]
         sums = [added(sum(q.index(token, group * share + h, d).load() * k for d, k in zip(dims, key, strict=True)), i)
                 for h in range(share)]
-        board = shared_memory(lanes, share, size)
+        board = shared_memory(0, lanes, share, size)
         ready = UOp.barrier(*(board.index(lane, const(h), row).store(s) for h, s in enumerate(sums)))
         board = board.after(ready)
         # the largest score and the weights: `team` threads a head, `mine` positions each
@@ -113,7 +113,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         scores = [(part * size + place < end).where(
             sum(board.index(const(n), head, place).load() for n in range(lanes)) * dim ** -0.5, NOWHERE)
             for place in places]
-        highs, total = shared_memory(share, team), shared_memory(share, team)
+        highs, total = shared_memory(1, share, team), shared_memory(2, share, team)
         high = scores[0]
         for score in scores[1:]:
             high = high.maximum(score)
@@ -121,7 +121,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         for n in range(team):
             high = high.maximum(highs.after(met).index(head, const(n)).load())
         shares = [(score > NOWHERE / 2).where((score - high).exp(), 0.0) for score in scores]
-        weights = shared_memory(share, size)
+        weights = shared_memory(3, share, size)
         done = UOp.barrier(total.index(head, member).store(sum(shares[1:], shares[0])),
                            *(weights.index(head, place).store(s) for place, s in zip(places, shares, strict=True)))
         weighed = sum(total.after(done).index(head, const(n)).load() for n in range(team))

@@ -172,7 +172,7 @@ def by_heads(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias
 def summed_over_lanes(by_column: list[tuple], of_head: list[tuple], lane: UOp, column: UOp, dim: int) -> list[UOp]:
     """Products of two lists of values, summed over each thread's rows and then over the lanes: those of `by_column`
     differ from column to column, those of `of_head` do not."""
-    wide, narrow = shared_memory(len(by_column), LANES, dim), shared_memory(len(of_head), LANES)
+    wide, narrow = shared_memory(0, len(by_column), LANES, dim), shared_memory(1, len(of_head), LANES)
     partial = [sum(x * y for x, y in zip(*pair, strict=True)) for pair in by_column + of_head]
     count = len(by_column)
     ready = UOp.barrier(*(wide.index(const(n), lane, column).store(partial[n]) for n in range(count)),

@@ -79,8 +79,9 @@ def in_halves(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups,
             for weight in (gate, up))                                       # (places, width) each
 
     def value(place: UOp, column: UOp, g: UOp, u: UOp, share: UOp, rows: UOp) -> UOp:
+        here = place.valid(rows.index(place).load() >= 0)                   # elsewhere nothing is read
         part = share.index(number(rows.index(place), tokens * used)).load()
-        return g.index(place, column).load().silu() * u.index(place, column).load() * part
+        return g.index(here, column).load().silu() * u.index(here, column).load() * part
     h = tensor_cores.split(*g.shape, (g, u, share.reshape(tokens * used), groups.rows), value)
     return tensor_cores.tiles(h, down, groups.experts, groups.tile)
 

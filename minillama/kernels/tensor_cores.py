@@ -59,6 +59,36 @@ def halves(x: Tensor) -> Halves:
     return split(*x.shape, (x.contiguous(),), lambda row, column, x: x.index(row, column).load())
 
 
+def fours(x: Tensor, second: bool = False) -> Tensor:
+    """Values around 1 as factors of a product, the first or the `second`, four halves each: (..., 4 * k). Of a value,
+    21 bits count, but none below 2^-25. Side by side lie the high and low halves, so that a sum over the products of
+    two such rows adds up all four products of each pair. Plain tensor code, and the optimizer puts the product on the
+    units; on a device without any, each product of two halves would be rounded to a half.
+    """
+    x = x.clip(-LARGEST, LARGEST)
+    high = (x.bitcast(dtypes.uint32) & HALF_MASK).bitcast(dtypes.float32)
+    high, low = high.half(), (x - high).half()
+    order = (high, high, low, low) if second else (high, low, high, low)
+    return Tensor.stack(*order, dim=-1).reshape(*x.shape[:-1], 4 * x.shape[-1]).contiguous()
+
+
+def multiplied(first: Tensor, second: Tensor) -> Tensor:
+    """The product of `fours`: first (..., m, 4 * k), second (..., n, 4 * k), transposed: (..., m, n) float32."""
+    return first.matmul(second.transpose(-1, -2), dtype=dtypes.float32)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., m, k) times b (..., n, k) transposed, by `fours`: (..., m, n) float32."""
+    return multiplied(fours(a), fours(b, second=True))
+
+
+def long_product(a: Tensor, b: Tensor) -> Tensor:
+    """The same of matrices (m, k) and (n, k), its sums cut into pieces: a unit cuts off what it adds up, and
+    small results leave most of a GPU idle."""
+    size = a.shape[1] // tuning.fitting(8, a.shape[1] // DEEP)
+    return product(*(x.reshape(x.shape[0], -1, size).permute(1, 0, 2) for x in (a, b))).contiguous().sum(0)
+
+
 def fits(weight: Packed) -> bool:
     """Whether a weight's quants are exact as halves, and can be had in the portions that the units want."""
     span = weight.layout.span

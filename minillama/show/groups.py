@@ -96,24 +96,23 @@ def core_lines(backend: str, words: Sequence[str]) -> list[str]:
     return [line.strip() for line in source.splitlines() if any(word in line for word in words)]
 
 
-def standing(ours: Mapping[str, float], before: Mapping[str, float], theirs: Mapping[str, tuple[float, float]],
+def standing(ours: Mapping[str, Mapping[str, float]], theirs: Mapping[str, tuple[float, float]],
              limits: Mapping[str, float]) -> Figure:
-    """Tokens a second, ours as bars, now and `before`, and theirs as ranges; `limits` as lines over all of it, named
-    above."""
-    figure, axes = canvas("Tokens a second, 80B shapes, one H100", 8, 1.6 + 0.75 * len(ours))
-    for row, name in enumerate(ours):
-        bars = (("minillama, tiles in float32", before[name], SKY, ""),
-                ("minillama, tiles on tensor cores", ours[name], BLUE, ""),
-                ("llama.cpp b11434", theirs[name][1], ORANGE, "//"))
+    """Tokens a second of each test: ours as bars, up to three stages by name, and theirs as ranges; `limits` as lines
+    over all of it, named above."""
+    figure, axes = canvas("Tokens a second, 80B shapes, one H100", 8, 1.6 + 0.95 * len(theirs))
+    for row, (name, (low, high)) in enumerate(theirs.items()):
+        bars = [(f"minillama, {stage}", speeds[name], colour, "")
+                for (stage, speeds), colour in zip(ours.items(), (SKY, GREEN, BLUE), strict=False)]
+        bars.append(("llama.cpp b11434", high, ORANGE, "//"))
         for place, (label, speed, colour, hatch) in enumerate(bars):
-            axes.barh(row + 0.28 * (place - 1), speed, 0.25, color=colour, hatch=hatch, edgecolor="white",
-                      label=None if row else label)
-            low = theirs[name][0] if place == 2 else speed
-            text = f"{low:,.0f}–{speed:,.0f}" if low < speed else f"{speed:,.0f}"
-            axes.text(speed * 1.05, row + 0.28 * (place - 1), text, va="center", fontsize=8)
+            at = row + 0.22 * (place - (len(bars) - 1) / 2)
+            axes.barh(at, speed, 0.2, color=colour, hatch=hatch, edgecolor="white", label=None if row else label)
+            text = f"{low:,.0f}–{high:,.0f}" if hatch and low < high else f"{speed:,.0f}"
+            axes.text(speed * 1.05, at, text, va="center", fontsize=8)
     for (name, value), style in zip(limits.items(), ("--", ":", "-."), strict=False):
         axes.axvline(value, linestyle=style, color=BLACK, linewidth=1.2, label=f"{name}: {value:,.0f}")
-    axes.set(yticks=range(len(ours)), yticklabels=list(ours))
+    axes.set(yticks=range(len(theirs)), yticklabels=list(theirs))
     logarithmic(axes, "x")
     axes.set_xlim(100, 2 * max(limits.values()))
     axes.invert_yaxis()
