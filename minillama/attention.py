@@ -63,7 +63,7 @@ def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, start: int | UOp) 
         out = tensor_cores.multiplied(*(x.permute(1, 2, 0, 3).reshape(kv_heads, x.shape[2], blocks * 4 * BLOCK)
                                         for x in factors))                  # (kv_heads, rows, dim)
     else:
-        out = (parts @ v).sum(0)
+        out = (parts @ v).sum(0)                                            # (kv_heads, rows, dim)
     out = out / parts.sum((0, -1)).unsqueeze(-1)
     return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
 

@@ -86,7 +86,8 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`chunked`, where threads can share memory with two kernels in place of its solving and its loop."""
+    """`chunked`, where threads can share memory with two kernels in place of its solving and its loop. Arguments and
+    results as `recurrent`; no gradients pass through the kernels."""
     form = chunk_kernels.chunked if chunk_kernels.fits(q.device, *v.shape[::2]) else chunked
     return form(q, k, v, g, beta, state)
 

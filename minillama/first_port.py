@@ -76,8 +76,7 @@ def recurrent_with_copies(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tens
     return (outs[0] if len(outs) == 1 else copied(outs[0].cat(*outs[1:]), "concat")), state
 
 
-WITH_COPIES = {recurrent: recurrent_with_copies, chunked: chunked_with_copies,
-               fused: chunked_with_copies}
+WITH_COPIES = {recurrent: recurrent_with_copies, chunked: chunked_with_copies, fused: chunked_with_copies}
 
 
 def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window: Tensor, state: Tensor,

@@ -1,7 +1,7 @@
 """The delta rule for a prompt's chunks in two kernels, where threads share memory: what each chunk writes is solved
 for, all chunks at once; then a loop carries the memory through them.
 
-In plain tensor code (`delta_net.chunked`, the twin) the first takes a dozen kernels, and the second four a chunk.
+In plain tensor code (`delta_net.chunked`, the twin) both take many kernels, and those of the loop wait for each other.
 A column of the memory does not know of the others, so a block of threads takes some through the whole prompt: it keeps
 them in registers, and in memory that its threads share what they have to tell each other.
 """

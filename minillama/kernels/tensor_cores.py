@@ -60,10 +60,10 @@ def halves(x: Tensor) -> Halves:
 
 
 def fours(x: Tensor, second: bool = False) -> Tensor:
-    """Values around 1 as factors of a product, the first or the `second`, four halves each: (..., 4 * k). Of a value,
-    21 bits count, but none below 2^-25. Side by side lie the high and low halves, so that a sum over the products of
-    two such rows adds up all four products of each pair. Plain tensor code, and the optimizer puts the product on the
-    units; on a device without any, each product of two halves would be rounded to a half.
+    """A factor of a product, the first or the `second`: x (..., k), values around 1, as four halves each, (..., 4 * k)
+    float16. Of a value 21 bits count, but none below 2^-25. Side by side lie the high and low halves, so that a sum
+    over the products of two such rows adds up all four products of each pair. Plain tensor code, and the optimizer
+    puts the product on the units; on a device without any, each product of two halves would be rounded to a half.
     """
     x = x.clip(-LARGEST, LARGEST)
     high = (x.bitcast(dtypes.uint32) & HALF_MASK).bitcast(dtypes.float32)
