@@ -16,8 +16,9 @@ MADE := $(FORMATS:%=data/minillama-coder-%.gguf)
 MODEL ?= $(MASTER)
 PROMPT ?= def fibonacci(n):
 ARGS ?=
-# Two processes at a time, files and notebooks kept whole.
-PYTEST := python -m pytest -n 2 --dist loadscope
+# Two processes at a time, files and notebooks kept whole; each lowers its kernels itself (PARALLEL=0), since tinygrad's
+# helpers, started anew every 16 kernels, would only wait for the same two cores.
+PYTEST := PARALLEL=0 python -m pytest -n 2 --dist loadscope
 NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
     --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
