@@ -19,6 +19,7 @@ ARGS ?=
 # Two processes at a time, files and notebooks kept whole; each lowers its kernels itself (PARALLEL=0), since tinygrad's
 # helpers, started anew every 16 kernels, would only wait for the same two cores.
 PYTEST := PARALLEL=0 python -m pytest -n 2 --dist loadscope
+TESTS := $(PYTEST) --no-loadscope-reorder
 NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
     --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
@@ -64,12 +65,12 @@ lint: $(STAMP)
 
 test: $(STAMP) lint $(MADE)
 	@python -m minillama.devices --works CL || echo "No OpenCL platform here: testing on the CPU only."
-	DEV=CPU $(PYTEST)
+	DEV=CPU $(TESTS)
 	DEV=CPU $(NBVAL)
-	@if python -m minillama.devices --works CL; then set -x; DEV=CL $(PYTEST) -m "not host" && DEV=CL $(NBVAL); fi
+	@if python -m minillama.devices --works CL; then set -x; DEV=CL $(TESTS) -m "not host" && DEV=CL $(NBVAL); fi
 
 test-fast: $(STAMP) lint
-	DEV=CPU $(PYTEST) -m "not slow"
+	DEV=CPU $(TESTS) -m "not slow"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
