@@ -90,6 +90,8 @@ def add_parsers(kinds: argparse._SubParsersAction) -> None:
     count.add_argument("-p", "--n-prompt", type=one(0), default=512,
                        help="tokens of the batch (default: 512; 0: no batch)")
     count.add_argument("-d", "--n-depth", type=one(0), default=0, help="tokens before (default: 0)")
+    count.add_argument("--backend", choices=("CUDA", "METAL", "CL"),
+                       help="the kernels of this backend, which need not be here; takes longer (default: a CPU's)")
     count.add_argument("--bandwidth", type=positive, metavar="GB/s", help="default: as measured on the project's GPU")
     count.add_argument("--speed", type=positive, metavar="TFLOP/s", help="default: as measured, in half precision")
     count.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: table")
@@ -184,7 +186,7 @@ def run_count(args: Namespace) -> None:
     records = []
     for tokens, title in steps:
         with console.status(f"building {title}"):
-            groups = count.count_step(config, recipe, format, tokens, args.n_depth)
+            groups = count.count_step(config, recipe, format, tokens, args.n_depth, args.backend or "")
         sent = count.to_host(config, recipe, tokens)
         if args.output == "json":
             records.append({"tokens": tokens, "depth": args.n_depth, "bytes_to_host": sent}
@@ -194,9 +196,12 @@ def run_count(args: Namespace) -> None:
             print(*count.summary(groups, tokens, roof), f"to the host: {in_units(sent, 'B')}", sep="\n")
     if args.output == "json":
         print(json.dumps({"model": args.shape, "layers": config.layers, "format": format, "mtp": args.mtp,
+                          "backend": args.backend or "CPU",
                           "parameters": parameters(config), "recipe": recipe.names(),
                           "roofline": None if roof is None else {"source": source, "bandwidth": roof.bandwidth,
                                                                  "speed": roof.speed, "launch": roof.launch},
                           "steps": records}, indent=2, ensure_ascii=False))
-    elif roof:
-        print(f"At least: every kernel in turn, at {count.limits(roof)} ({source}).")
+        return
+    if roof:
+        print(f"Time: every kernel in turn, at {count.limits(roof)} ({source}).")
+    print(f"The kernels are those of {args.backend or 'a CPU; --backend CUDA counts what such a GPU runs'}.")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from processes import processor_time
@@ -52,6 +53,16 @@ def test_a_batch_multiplied_is_exactly_the_batch_unrolled_with_another_recipe_to
     recipe = Recipe("chunked", "dense", logits="all", projections="separate", weights="float")
     config = shape_config("tiny", 8)
     assert count.total(count.count_step(config, recipe, "F16", 2)) == unrolled(config, recipe, "F16", 2, 0)
+
+
+def test_the_kernels_of_a_gpu_that_is_not_here_are_counted(groups):
+    """Its threads share memory: a step of the delta rule is one kernel, and attention takes five where a CPU takes
+    ten. What is counted afterwards is a CPU's again."""
+    config = replace(shape_config("tiny", 8, mtp=True), head_dim=64, state_dim=64)
+    there, here = (count.count_step(config, Recipe(), "F32", 1, DEPTH, backend) for backend in ("CUDA", ""))
+    parts = [{part.name: part.counts.kernels for part in group.parts} for group in (*there[:2], *here[:2])]
+    assert [found.get("delta rule", found.get("attention")) for found in parts] == [1, 5, 3, 10]
+    assert count.count_step(shape_config("tiny", 8, mtp=True), Recipe(), "F32", 1, DEPTH) == groups
 
 
 def test_every_part_has_kernels_and_moves_its_weights(groups):

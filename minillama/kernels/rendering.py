@@ -1,14 +1,18 @@
 """A hand-written kernel's source for devices that are not here: rendered as tinygrad would, never compiled."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
-from tinygrad import Tensor
+from tinygrad import Context, Device, Tensor
 from tinygrad.codegen import to_program
 from tinygrad.codegen.opt import tc
 from tinygrad.device import Compiler
 from tinygrad.helpers import Target
 from tinygrad.renderer.cstyle import ClangRenderer, CStyleLanguage, CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
+
+from minillama.kernels import tuning
 
 LANGUAGES = {"METAL": (MetalRenderer, "Apple9"), "CUDA": (CUDARenderer, "sm_90"), "CL": (OpenCLRenderer, ""),
              "CPU": (ClangRenderer, "x86_64")}
@@ -33,6 +37,22 @@ def renderer(backend: str) -> CStyleLanguage:
     made.compiler = Keeper()
     made.tensor_cores = UNITS.get(backend, [])
     return made
+
+
+@contextmanager
+def acting_as(backend: str) -> Iterator[CStyleLanguage]:
+    """Within it the NULL device gets the kernels of another backend, which need not be here: what they do can be
+    counted and their source read, as the renderer that it yields writes it."""
+    device, made = Device["NULL"], renderer(backend)
+    device._select_renderer = lambda: made
+    tuning.acting["NULL"] = backend
+    tuning.has_tensor_cores.cache_clear()
+    try:
+        with Context(PARALLEL=0):       # helpers would look for the real compiler
+            yield made
+    finally:
+        del device._select_renderer, tuning.acting["NULL"]
+        tuning.has_tensor_cores.cache_clear()
 
 
 @dataclass(frozen=True)

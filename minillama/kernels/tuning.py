@@ -27,8 +27,12 @@ SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 
 SHARING = ("CUDA", "METAL", "NV", "AMD")
 
 
+acting: dict[str, str] = {}     # device -> the backend that it stands for (`rendering.acting_as`)
+
+
 def backend(device: str) -> str:
-    return device.split(":")[0]
+    name = device.split(":")[0]
+    return acting.get(name, name)
 
 
 def fitting(wish: int, size: int) -> int:
