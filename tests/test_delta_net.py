@@ -184,6 +184,7 @@ def layer(x: np.ndarray, window: np.ndarray, state: np.ndarray, valid: np.ndarra
     return [result.numpy() for result in results]
 
 
+@pytest.mark.host       # only training has batches
 def test_a_batch_of_sequences_gives_what_each_gives_alone():
     x, window, state = layer_inputs(batch=2)
     out, past, after = layer(x, window, state.reshape(-1, *state.shape[2:]))

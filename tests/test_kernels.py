@@ -137,6 +137,7 @@ def test_grouped_experts_equal_chosen_ones_however_tokens_are_routed(tokens, exp
 # ---- products of halves: here a plain loop; what tensor cores make of it is seen by rendering, and on a GPU ---------
 
 
+@pytest.mark.host       # OpenCL never runs them
 @pytest.mark.parametrize("format", [name for name, layout in LAYOUTS.items() if layout.span])
 def test_a_product_of_halves_equals_its_twin(format):
     weight, x, residual = packed(format, 48, 512), tensor(24, 512), tensor(24, 48, seed=1)
