@@ -9,6 +9,7 @@ from minillama.units import in_units
 
 STYLES = ((BLUE, ""), (ORANGE, "//"), (GREEN, ".."), (SKY, ""), (PURPLE, "xx"), (YELLOW, "\\\\"), (RED, "++"),
           ("#BBBBBB", ""), (BLUE, "oo"), (ORANGE, "--"))                    # colour, hatch
+MORE = {"measured": ("#FFFFFF", ""), "launches": (RED, "xx")}
 LINES = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, ":", "^"), (PURPLE, "-.", "D"))       # colour, line, marker
 
 
@@ -22,7 +23,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, unit: str, note
     for row, (label, parts) in enumerate(rows.items()):
         left, whole = 0.0, sum(parts.values())
         for place, name in enumerate(names):
-            colour, hatch = COLOURS.get(name, STYLES[place % len(STYLES)])
+            colour, hatch = MORE.get(name) or COLOURS.get(name) or STYLES[place % len(STYLES)]
             width = parts.get(name, 0.0) * (100 / whole if shares else 1)
             axes.barh(row, width, 0.62, left, color=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.4,
                       label=None if row else name)
@@ -30,7 +31,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], title: str, unit: str, note
         axes.text(left, row, " " + (notes or {}).get(label, in_units(whole, unit).strip()), va="center", fontsize=9)
     axes.set(yticks=range(len(rows)), yticklabels=list(rows))
     if shares:
-        axes.set_xlabel("% of the bar's total")
+        axes.set(xlabel="% of the bar's total", xticks=range(0, 101, 20))
     else:
         axes.xaxis.set_major_formatter(lambda value, _: in_units(value, unit) if value else "0")
     axes.margins(x=0.2)
@@ -49,9 +50,10 @@ def memory(contexts: Sequence[int], needs: Mapping[str, Sequence[float]], cards:
                   label=name)
     for name, amount in cards.items():
         axes.axhline(amount / 1e9, color=BLACK, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.text(contexts[-1], amount / 1e9, name, va="bottom", ha="right", fontsize=8)
+        axes.text(contexts[-1] * 1.2, amount / 1e9, name, va="bottom", fontsize=8)
     axes.set(xlabel="tokens of text", ylabel="GB", ylim=(0, 1.06 * max(max(bytes) for bytes in needs.values()) / 1e9))
     logarithmic(axes, "x")
+    axes.set_xlim(right=contexts[-1] * 2.2)
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
