@@ -20,7 +20,7 @@ ARGS ?=
 # helpers, started anew every 16 kernels, would only wait for the same two cores.
 PYTEST := PARALLEL=0 python -m pytest -n 2 --dist loadscope
 TESTS := $(PYTEST) --no-loadscope-reorder
-NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 \
+NBVAL := $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=500 \
     --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider --timeout=600 course
 # The interpreter and its tools come from .venv, and so does clang where it was installed there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.host
 
 COURSE = Path(__file__).parent.parent / "course"
 NOTEBOOKS = {path.name[:2]: path for path in sorted(COURSE.glob("[0-9A][0-9]_*.ipynb"))}
-SECONDS = 240       # for one run of a chapter's cells
+SECONDS = 800       # for one run of a chapter's cells
 
 # Processes are forked from one that has imported what takes long, but nothing that a bug replaces a part of.
 PROCESSES = multiprocessing.get_context("forkserver")
