@@ -20,7 +20,7 @@ def test_a_copy_is_one(size):
     assert np.array_equal(target.numpy(), source.numpy())
 
 
-@pytest.mark.host
+@pytest.mark.host       # test_kernels runs the same kernels on every device
 def test_cases_of_every_format_and_several_tokens():
     cases = list(Cases(TINY, cache=1000).all())
     assert len({(case.name, case.tokens) for case in cases}) == len(cases)

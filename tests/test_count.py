@@ -55,6 +55,7 @@ def test_a_batch_multiplied_is_exactly_the_batch_unrolled_with_another_recipe_to
     assert count.total(count.count_step(config, recipe, "F16", 2)) == unrolled(config, recipe, "F16", 2, 0)
 
 
+@pytest.mark.slow
 def test_the_kernels_of_a_gpu_that_is_not_here_are_counted(groups):
     """Its threads share memory: a step of the delta rule is one kernel, and attention takes five where a CPU takes
     ten. What is counted afterwards is a CPU's again."""

@@ -13,7 +13,6 @@ from minillama.recipe import CHOICES, Recipe
 from minillama.sampling import Sampler
 
 host = pytest.mark.host
-on_cpu = pytest.mark.host       # on other devices test_ladder holds every form against golden logits, captured
 PROMPT = prompt(0, 7)       # a padded batch of 8: the recurrent form of a longer one is a long graph
 calls = []
 
@@ -30,7 +29,7 @@ def logits() -> np.ndarray:
     return oracle.short_engine(oracle.shared_engine()).logits(PROMPT)
 
 
-@on_cpu
+@host       # on other devices test_ladder holds every form against golden logits, captured
 @pytest.mark.parametrize(("field", "value"), (("delta", "recurrent"), ("experts", "dense"), ("copies", "everywhere"),
                                               ("logits", "all")))
 def test_every_form_gives_the_same_logits(field, value, logits):
@@ -39,7 +38,7 @@ def test_every_form_gives_the_same_logits(field, value, logits):
     assert difference(engine.logits(PROMPT), logits) <= TOLERANCE
 
 
-@on_cpu
+@host       # on other devices test_ladder holds every form against golden logits, captured
 def test_separate_projections_give_the_same_logits(logits):
     engine = oracle.load(oracle.HERE / "ref-a-F32.gguf", Recipe(projections="separate"))
     assert difference(oracle.short_engine(engine).logits(PROMPT), logits) <= TOLERANCE
@@ -89,7 +88,7 @@ def eager() -> tuple[np.ndarray, dict[str, list[int]]]:
     return short_run("eager")
 
 
-@on_cpu
+@host       # on other devices test_ladder holds every form against golden logits, captured
 @pytest.mark.slow
 @pytest.mark.parametrize("capture", ("jit", "prune"))
 def test_captured_steps_equal_eager_ones_over_twenty_tokens(capture, eager):

@@ -94,7 +94,7 @@ def test_packed_random_weights_have_mean_0_and_the_deviation_asked_for(format):
     assert abs(values.mean()) < 0.15 * 0.02 and abs(values.std() / 0.02 - 1) < 0.05, (values.mean(), values.std())
 
 
-@pytest.mark.host
+@pytest.mark.host       # it is about the weights' sizes, not about a device
 @pytest.mark.parametrize("format", ["F16", "Q4_0"])
 def test_activations_stay_finite_and_alive_over_many_tokens(format):
     config, packed = shape_config("tiny"), format != "F16"

@@ -50,13 +50,6 @@ def check_experts_touched(yours: Callable[..., float]) -> bool:
         "nearly all of them": lambda: case(64, 10, 512, 16, 0.95)})
 
 
-def pair_or_complaint(given: str, got: object) -> str | None:
-    """What is wrong with an answer that should be a part's name and a number; None if nothing is."""
-    if not isinstance(got, tuple) or len(got) != 2 or not isinstance(got[0], str):
-        return f"{given}: expected a pair (part, gain), got {got!r:.60}"
-    return None
-
-
 def check_worth_most(yours: Callable[[dict, dict], tuple[str, float]]) -> bool:
     """(seconds by part, at best so many times faster by part) -> the part worth most, and the whole step's gain."""
     def case(times: dict[str, float], factors: dict[str, float]) -> str | None:
@@ -64,8 +57,8 @@ def check_worth_most(yours: Callable[[dict, dict], tuple[str, float]]) -> bool:
         gains = {part: whole / (whole - seconds + seconds / factors[part]) for part, seconds in times.items()}
         wanted = max(gains, key=gains.get)
         got = yours(dict(times), dict(factors))
-        if complaint := pair_or_complaint(str(times), got):
-            return complaint
+        if not isinstance(got, tuple) or len(got) != 2:
+            return f"{times}: expected a pair (part, gain), got {got!r:.60}"
         if got[0] != wanted:
             return f"{times}, factors {factors}: expected {wanted!r}, got {got[0]!r}"
         return expects(float(got[1]), gains[wanted])

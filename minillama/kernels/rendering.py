@@ -1,4 +1,4 @@
-"""A hand-written kernel's source for devices that are not here: rendered as tinygrad would, never compiled."""
+"""Kernels for devices that are not here: their source as tinygrad would render it, never compiled."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,10 +41,10 @@ def renderer(backend: str) -> CStyleLanguage:
 
 @contextmanager
 def acting_as(backend: str) -> Iterator[CStyleLanguage]:
-    """Within it the NULL device gets the kernels of another backend, which need not be here: what they do can be
-    counted and their source read, as the renderer that it yields writes it."""
+    """Within it the NULL device gets the kernels of another backend (a key of LANGUAGES, else KeyError), which need
+    not be here: what they do can be counted and their source read, as the renderer that it yields writes it."""
     device, made = Device["NULL"], renderer(backend)
-    device._select_renderer = lambda: made
+    device._select_renderer = lambda: made      # tinygrad 0.14 asks here, each time
     tuning.acting["NULL"] = backend
     tuning.has_tensor_cores.cache_clear()
     try:
