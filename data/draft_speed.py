@@ -2,7 +2,7 @@
 
     python data/draft_speed.py --shape qwen3-next-80b-a3b      random weights in the shapes of a real model
     python data/draft_speed.py                                 the shipped model
-    writes data/results/mtp-<model>-<device>.json
+    writes data/results/mtp-<model>-<device>.json; what that holds and this run does not measure stays in it
 
 Drafts are kept by chance, with probability P at each place: what is measured is the time of what runs. Prompts are run
 as a whole; what the recipe `logits` copies to the host, and what `hidden` would copy there, is timed apart.
@@ -27,7 +27,7 @@ from minillama.layers import linear
 from minillama.measure import Counts, calls_of, synchronize
 from minillama.model import forward, place_of
 from minillama.recipe import CHOICES, Recipe
-from minillama.results import Model, Result, Row, write_result
+from minillama.results import RESULTS, Model, Result, Row, read_result, write_result
 from minillama.shapes import random_weights, shape_config
 from minillama.weights import ModelWeights, load_weights
 
@@ -109,6 +109,14 @@ def prompts(engine: Engine, lengths: list[int], repeats: int, before: int) -> li
     return rows
 
 
+def in_order(row: Row) -> tuple:
+    """Where a row stands in the file: generation, its parts, prompts by recipe and length, copies."""
+    kinds, (kind, *rest) = ("tg", "verify", "pp", "copy"), row.name.split()
+    recipes = ["without", *reversed(CHOICES["mtp_prefill"])]
+    return (next(n for n, start in enumerate(kinds) if kind.startswith(start)),
+            recipes.index(rest[0]) if kind.startswith("pp") else 0, row.tokens, row.name)
+
+
 def read_model(args: argparse.Namespace) -> tuple[ModelWeights, ModelConfig, Model]:
     if args.shape:
         config = shape_config(args.shape, args.layers, mtp=True)
@@ -139,8 +147,13 @@ def main() -> None:
         gc.collect()
         return Engine(weights, config, replace(Recipe(), **changes), context=max(lengths) + args.n)
 
+    path = RESULTS / Result.here("mtp", model, []).filename
+    before_now = read_result(path).rows if path.exists() else []
+
     def save() -> None:
-        write_result(Result.here("mtp", model, rows), local=False)
+        names = {row.name for row in rows}
+        both = [row for row in before_now if row.name not in names] + rows
+        write_result(Result.here("mtp", model, sorted(both, key=in_order)), local=False)
     drafts = [int(part) for part in args.drafts.split(",") if part]
     if drafts:
         rows += generation(engine(), args.n, 0, [None], args.r)

@@ -104,13 +104,13 @@ def can_step(device: str, config: ModelConfig) -> bool:
 
 def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
                    residual: Tensor) -> Tensor:
-    """`attention` for a few tokens where `can_step`, in seven kernels. x and residual (tokens, hidden);
+    """`attention` for a few tokens where `can_step`, in six kernels. x and residual (tokens, hidden);
     table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token."""
     c, (tokens, _) = config, x.shape
     keys = c.kv_heads * c.head_dim
     (q, at), k, v = columns(x, w.inputs, (2 * c.heads * c.head_dim, keys, keys))    # q: per head [query | gate]
     turned = Tensor.empty(tokens, c.heads, c.head_dim, device=x.device)
-    turned = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned, False)
+    turned, = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned)
     rows, values = cached_heads(k, v, w, config, table, cache, position)
     y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     return linear(y, w.out, residual)
@@ -121,8 +121,8 @@ def cached_heads(k: Column, v: Column, w: AttentionWeights, config: ModelConfig,
     """Norm and rotate keys, and store them and values from `position` on, where `can_step`. Returns the cache's
     buffers with them."""
     c = config
-    keys = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys, True)
-    values = kernels.stored(v, cache.values, position)
+    keys, values = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys,
+                                   (v, cache.values))
     cache.wrote(keys, values)
     return keys, values
 

@@ -73,7 +73,7 @@ class Cases:
         pairs = list(zip(weights, weights, strict=False))
         x, share = self.values(tokens, columns), self.values(columns)
         return Case(f"shared gate+up {format} 2x{rows}x{columns}", tokens, 2 * pairs[0][0].nbytes(),
-                    [lambda p=p: product.shared_gated(x, *p, share) for p in pairs])
+                    [lambda p=p: product.shared_gated(x, *p, share)[0] for p in pairs])
 
     def chosen(self, tokens: int) -> list[Tensor]:
         """Choices of experts, (tokens, used) each; none is chosen again before all have been."""

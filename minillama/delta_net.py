@@ -148,13 +148,13 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
 
 def delta_net_step(x: Tensor, w: DeltaNetWeights, config: ModelConfig, history: Tensor, memories: Tensor,
                    position: Tensor, residual: Tensor | None = None) -> Tensor:
-    """One Gated DeltaNet mixer for a few tokens, in four kernels, plus `residual`. x and result (tokens, hidden).
+    """One Gated DeltaNet mixer for a few tokens, in three or four kernels, plus `residual`.
 
-    history (kernels.HISTORY, channels) and memories (slots, v_heads, dim, dim) are rings over positions, read and
-    written in place; position (1,) int32 is that of the first token. Source: llama.cpp #19504.
+    x and result (tokens, hidden); history (kernels.HISTORY, channels) and memories (slots, v_heads, dim, dim) are
+    rings over positions, read and written in place; position (1,) int32 is that of the first token. Source: llama.cpp
+    #19504.
     """
     c = config
     qkv, z, b, a = columns(x, w.inputs, (c.conv_channels, c.value_width, c.v_heads, c.v_heads))
-    qkv = kernels.conv(qkv, history, w.conv, position)                      # (tokens, conv_channels)
-    y = kernels.step(qkv, z, b, a, memories, w.dt_bias, w.a, w.norm, c.norm_eps, position)
+    y = kernels.conv_and_step(qkv, history, w.conv, z, b, a, memories, w.dt_bias, w.a, w.norm, c.norm_eps, position)
     return linear(y, w.out, residual)

@@ -6,7 +6,7 @@ picked, by index), take the same arguments and are equal. Source: Shazeer et al.
 from tinygrad import Tensor, dtypes
 
 from minillama.config import ModelConfig
-from minillama.kernels import groups, product, router
+from minillama.kernels import groups, product, router, tuning
 from minillama.kernels.packed import Packed, unpacked
 from minillama.layers import linear, project, swiglu
 from minillama.weights import ExpertWeights
@@ -89,9 +89,20 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, resi
 
 
 def few_tokens(x: Tensor, w: ExpertWeights, config: ModelConfig, residual: Tensor) -> Tensor:
-    """`experts_layer` with packed weights for a few tokens, in seven kernels: the router's product, its choice and its
-    shares, both expert networks' first and second halves. x, residual and result (tokens, hidden)."""
-    ids, probs = router.route(linear(x, w.router), config.experts_used)
-    shared = product.shared_gated(x, *w.shared_inputs, w.shared_gate)        # (tokens, shared_width)
-    residual = product.linear(shared, w.shared_down, residual)
-    return product.mixed(product.gated(x, *w.pair(), ids, probs), w.down, ids, residual)
+    """`experts_layer` with packed weights for a few tokens, in six kernels: the router's product, its choice, both
+    expert networks' first and second halves. x, residual and result (tokens, hidden).
+
+    In four, where sizes allow it: with an expert for each row of the shared one's weights, the router's product is
+    made on the way; and an expert as wide as all others is added up together with them.
+    """
+    gate, up = w.shared_inputs
+    if gate.shape == w.router.shape:
+        shared, logits = product.shared_gated(x, gate, up, w.shared_gate, w.router)     # (tokens, shared_width)
+    else:
+        shared, = product.shared_gated(x, gate, up, w.shared_gate)
+        logits = linear(x, w.router)                                        # (tokens, experts)
+    ids, best = router.choose(logits, config.experts_used)
+    routed = product.gated(x, *w.pair(), ids, best, logits=True)            # (tokens, used, width)
+    if tuning.shares_memory(x.device) and w.shared_down.shape == w.down.shape[1:] and config.experts_used <= 16:
+        return product.mixed(routed, w.down, ids, residual, (shared, w.shared_down))
+    return product.mixed(routed, w.down, ids, product.linear(shared, w.shared_down, residual))

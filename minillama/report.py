@@ -74,11 +74,17 @@ def gain(slow: Row, fast: Row) -> str:
     return f"{'~' * overlap}{per_token(slow) / per_token(fast):.2f}×"
 
 
+def chip(result: Result) -> str:
+    """A short name for a machine: its backend's, but a GPU's own, since there are several."""
+    found = re.search(r"\b[A-Z]+\d+\b", result.device.name) if result.device.backend == "CUDA" else None
+    return found.group() if found else result.device.backend
+
+
 def copies_table(results: list[Result]) -> str:
     """Markdown: copies everywhere against none, captured, on the grid of #19375, with its own gain beside; counts are
     those of whichever run is the newest."""
     counted = max(results, key=lambda result: result.created)
-    columns = [f"{result.device.backend} {result.model.format}" for result in results]
+    columns = [f"{chip(result)} {result.model.format}" for result in results]
     heads = ["test", "kernels", "copies", "kB", *columns, "#19375, M2 Ultra, Q4_0"]
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1)]
     for test, (slow, fast) in PUBLISHED.items():
@@ -167,7 +173,10 @@ def results_section() -> str:
         f"are 64 tokens, 8 where the recurrence runs token by token.",
         ladder_table(ladders),
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
-        "gain in speed (~: the middle halves of the samples overlap), with kernels, copies and kB moved a token:",
+        f"gain in speed (~: the middle halves of the samples overlap), with kernels, copies and kB moved a token, as "
+        f"counted on the {device_of(max(copies, key=lambda result: result.created))}. Copies everywhere is the first "
+        f"port's own code: it goes over the whole cache at once, and on a GPU it does without the kernels for a "
+        f"prompt's chunks, so there the gain of a prompt is that of both:",
         copies_table(copies),
         *(["The shipped model's files, tokens a second (one process a device, sample by sample in turn):",
            formats_table(files)] if files else []),

@@ -1,6 +1,7 @@
 """The course's pictures are made from data and hold what they should; that they can be read, eyes must judge."""
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
-from tinygrad import Tensor, TinyJit
+from tinygrad import Context, Tensor, TinyJit
 
 from minillama.ladder import LADDER
 from minillama.measure import Call, calls_of, seconds_of_calls
 from minillama.results import ClockTimes, Result, Row, read_results
-from minillama.show import RED, compact, experts, running, steps
+from minillama.show import RED, compact, experts, running, steps, training
 from minillama.show.steps import Step
 
 pytestmark = pytest.mark.host
@@ -193,6 +194,39 @@ def test_what_sampling_cuts_is_counted():
     figure = running.cuts(["a", "b", "c"], {"all": probs, "two": np.array([.6, .4, 0])}, count=3)
     assert "3 tokens left" in texts(figure) and "2 tokens left" in texts(figure)
     assert bars(figure.axes[1]) == [.6, .4, 0]
+
+
+# ---- training -----------------------------------------------------------------------------------------------------
+
+
+def test_every_place_shows_the_token_that_each_loss_wants_there():
+    said = texts(training.targets(["a", "b", "c", "d", "e"], length=2)).splitlines()
+    assert said[:11] == ["a", "b", "c", "d", "e", *"bc", *"cd", *"de"]
+
+
+def test_a_step_is_split_into_forward_backward_and_update():
+    weight, moment = (Tensor([2.0, 3.0]).contiguous().realize() for _ in range(2))
+
+    def step(x: Tensor) -> Tensor:
+        loss = (weight * x).square().sum().contiguous()
+        grad = loss.gradient(weight)[0].contiguous()
+        Tensor.realize(loss, moment.assign(moment + grad), weight.assign(weight - grad * moment))
+        return loss
+    replay = TinyJit(step)
+    with Context(NO_MEMORY_PLANNER=1, JIT=2):
+        for _ in range(2):
+            loss = replay(Tensor([1.0, 1.0]).realize())
+    parts = training.parts_of(replay, loss, [weight, moment])
+    assert len(parts) == len(calls_of(replay)) and set(parts) == {"forward", "backward", "update"}
+    assert parts[0] == "forward" and parts.count("forward") == 1 and parts[-1] == "update"
+
+
+def test_a_log_has_lines_of_training_and_of_held_out_text():
+    run, heldout = training.read_log(Path(__file__).parent.parent / "data" / "training" / "log.jsonl")
+    figure = training.run(run, heldout, uniform=8.3)
+    losses, rate = figure.axes
+    assert [len(line.get_xdata()) for line in losses.lines[:4]] == [len(run)] * 3 + [len(heldout)]
+    assert list(rate.lines[0].get_ydata()) == [line["lr"] for line in run]
 
 
 def test_a_figure_in_a_notebook_is_a_small_png_of_the_same_size():

@@ -10,8 +10,12 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, added, counter, number, result
+from minillama.kernels.tuning import fitting
 
 PART = 64           # positions of a part, at most
+TURN = 8            # positions that a loop takes at once, so that it waits once for all of them
+PARTS_AT_ONCE = 16  # the same of parts
+SQUADS = 4          # times as many threads, each for some of the heads
 THREADS = 128       # that work on it, at most: no more than a head has dimensions
 NOWHERE = -1e30     # a score that weighs nothing
 
@@ -21,22 +25,26 @@ def fits(heads: int, kv_heads: int, dim: int) -> bool:
     threads = min(THREADS, dim)
     size, share = min(PART, threads), heads // kv_heads
     lanes = threads // size
-    whole = threads % size, dim % threads, dim // lanes % 4, threads % share, size * share % threads
+    whole = (threads % size, dim % threads, dim // lanes % 4, threads % share, size * share % threads,
+             size % max(1, threads // share))
     return not any(whole) and dim <= 1024       # of a block, and `rotated` has a thread for each dimension
 
 
 def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
-            out: Tensor, cached: bool) -> Tensor:
-    """RMS norm per head, then the rotary embedding, into `out`: (tokens, heads, dim), or the rows of a cache
-    (positions, heads, dim) from `position` (1,) int32 on.
+            out: Tensor, beside: tuple[Column, Tensor] | None = None) -> list[Tensor]:
+    """RMS norm per head, then the rotary embedding, into `out`: (tokens, heads, dim), or with heads `beside` them, the
+    rows of a cache (positions, heads, dim) from `position` (1,) int32 on. Those go as they are into a cache of theirs:
+    values beside keys, (v, cache).
 
     A head's values lie at x + head * stride; table (positions, 2, half) holds all positions' cosines and sines. A
     block does one head of one token.
     """
     source, first = x
     tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
+    more = [] if beside is None else [beside[1], beside[0][0]]
 
-    def kernel(out: UOp, source: UOp, norm: UOp, table: UOp, position: UOp) -> UOp:
+    def kernel(out: UOp, *given: UOp) -> UOp:
+        source, norm, table, position = given[len(more) // 2:][:4]
         token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
         at, row = head * stride + first, number(position.index(const(0))) + token
 
@@ -50,22 +58,13 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
         cos, sin = table.index(row, const(0), angle).load(), table.index(row, const(1), angle).load()
         turn = value(place) * cos + value(other) * left.where(-sin, sin)
         y = turned.where(turn, value(place)) * scale
-        return out.index(row if cached else token, head, place).store(y).end(token, head, place).sink(
-            arg=KernelInfo(f"rotate_{tokens}_{heads}_{dim}", opts_to_apply=()))
-    return out.custom_kernel(source, norm, table, position, fxn=kernel)[0]
-
-
-def stored(x: Column, cache: Tensor, position: Tensor) -> Tensor:
-    """The cache (positions, heads, dim) with rows of x (tokens, heads * dim) from `position` (1,) int32 on."""
-    source, first = x
-    tokens, (_, heads, dim) = source.shape[0], cache.shape
-
-    def kernel(cache: UOp, source: UOp, position: UOp) -> UOp:
-        token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2)
-        value = source.index(token, head * dim + place + first).load()
-        return cache.index(number(position.index(const(0))) + token, head, place).store(value).end(
-            token, head, place).sink(arg=KernelInfo(f"store_{tokens}_{heads}_{dim}"))
-    return cache.custom_kernel(source, position, fxn=kernel)[0]
+        stores = [out.index(row if more else token, head, place).store(y)]
+        if more:
+            as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
+            stores.append(given[0].index(row, head, place).store(as_it_is))
+        return UOp.group(*stores).end(token, head, place).sink(
+            arg=KernelInfo(f"rotate_{'store_' if more else ''}{tokens}_{heads}_{dim}", opts_to_apply=()))
+    return out.custom_kernel(*more[:1], source, norm, table, position, *more[1:], fxn=kernel)[:1 + len(more) // 2]
 
 
 def attend_twin(q: Tensor, keys: Tensor, values: Tensor, gate: Tensor, position: int) -> Tensor:
@@ -91,24 +90,29 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     threads = min(THREADS, dim)
     size, share = min(PART, threads), heads // kv_heads
     parts, lanes = -(-positions // size), threads // size       # a position has so many threads
+    parts += -parts % min(parts, PARTS_AT_ONCE)
     per, team, mine = dim // lanes, threads // share, size * share // threads   # dimensions; threads of a head; places
+    wide, turn = fitting(16, per), fitting(TURN, size)          # dimensions and positions that are read at once
+    squads = fitting(SQUADS, share)                             # that divide the heads among them
 
     def part_kernel(out: UOp, best: UOp, weight: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
         token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(parts, 2)
-        thread = UOp.range(threads, 3, AxisType.LOCAL)
+        member, crew, lane, squad = (UOp.range(count, 3 + n, AxisType.LOCAL)        # a thread has four numbers
+                                     for n, count in enumerate((team, size // team, lanes, squads)))
+        heads_here = [squad * (share // squads) + h for h in range(share // squads)]
         end = number(position.index(const(0))) + token + 1
         # scores of the part's positions: `lanes` threads each take a share of the dimensions
-        row, lane = thread // lanes, thread % lanes
-        at, i = part * size + row, counter(per // 4, 4)
-        dims = [lane * per + i * 4 + k for k in range(4)]
+        row, head = crew * team + member, lane * (size // team) + crew
+        thread = head * team + member
+        at, i = part * size + row, counter(per // wide, 7)
+        dims = [lane * per + i * wide + k for k in range(wide)]
         key = [keys.index(at.valid(at < end), group, d).load() for d in dims]
         sums = [added(sum(q.index(token, group * share + h, d).load() * k for d, k in zip(dims, key, strict=True)), i)
-                for h in range(share)]
+                for h in heads_here]
         board = shared_memory(0, lanes, share, size)
-        ready = UOp.barrier(*(board.index(lane, const(h), row).store(s) for h, s in enumerate(sums)))
+        ready = UOp.barrier(*(board.index(lane, h, row).store(s) for h, s in zip(heads_here, sums, strict=True)))
         board = board.after(ready)
-        # the largest score and the weights: `team` threads a head, `mine` positions each
-        head, member = thread // team, thread % team
+        # the largest score and the weights: `team` threads a head, `mine` positions each (all squads the same)
         places = [member * mine + n for n in range(mine)]
         scores = [(part * size + place < end).where(
             sum(board.index(const(n), head, place).load() for n in range(lanes)) * dim ** -0.5, NOWHERE)
@@ -126,25 +130,30 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
                            *(weights.index(head, place).store(s) for place, s in zip(places, shares, strict=True)))
         weighed = sum(total.after(done).index(head, const(n)).load() for n in range(team))
         # the weighed sum of values: each thread its dimensions, for all heads
-        p, weights, stores = counter(size, 5), weights.after(done), []
-        for n in range(dim // threads):
-            d, place = thread + n * threads, part * size + p
-            value = values.index(place.valid(place < end), group, d).load()
+        i, weights, stores = counter(size // turn, 8), weights.after(done), []
+        places = [i * turn + n for n in range(turn)]
+        for d in (thread + n * threads for n in range(dim // threads)):
+            value = [values.index((part * size + p).valid(part * size + p < end), group, d).load() for p in places]
             stores += [out.index(token, group * share + h, part, d).store(added(
-                weights.index(const(h), p).load() * value, p)) for h in range(share)]
+                sum(weights.index(h, p).load() * v for p, v in zip(places, value, strict=True)), i))
+                for h in heads_here]
         here = (token, group * share + head, part)
         return UOp.group(*stores, best.index(*here).store(high), weight.index(*here).store(weighed)).end(
-            token, group, part, thread).sink(
+            token, group, part, member, crew, lane, squad).sink(
             arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
 
     def sum_kernel(out: UOp, found: UOp, best: UOp, weight: UOp, gate_: UOp) -> UOp:
         token, head, d = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
-        first, part = counter(parts, 3), counter(parts, 4)
-        high = best.index(token, head, first).load()
-        high = high.reduce(first, arg=Ops.MAX) if parts > 1 else high
-        share = (best.index(token, head, part).load() - high).exp()
-        y = added(found.index(token, head, part, d).load() * share, part) / added(
-            weight.index(token, head, part).load() * share, part)
+        some = min(parts, PARTS_AT_ONCE)
+        first, i = counter(parts // some, 3), counter(parts // some, 4)
+        high, *more = (best.index(token, head, first * some + n).load() for n in range(some))
+        for one in more:
+            high = high.maximum(one)
+        high = high.reduce(first, arg=Ops.MAX) if parts > some else high
+        now = [i * some + n for n in range(some)]
+        shares = [(best.index(token, head, part).load() - high).exp() for part in now]
+        y = added(sum(found.index(token, head, part, d).load() * s for part, s in zip(now, shares, strict=True)), i)
+        y = y / added(sum(weight.index(token, head, part).load() * s for part, s in zip(now, shares, strict=True)), i)
         open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
         return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
             arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))

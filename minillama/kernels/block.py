@@ -3,6 +3,8 @@ from tinygrad import dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.uop.ops import UOp
 
+from minillama.kernels.tuning import fitting
+
 MEAN = 9        # the number of the room where a mean is found
 
 
@@ -18,7 +20,12 @@ def shared_memory(number: int, *shape: int) -> UOp:
 
 
 def mean_of_threads(x: UOp, thread: UOp, threads: int) -> UOp:
-    """The mean of a value that each thread has, known to all of them once all have met."""
-    board = shared_memory(MEAN, threads)
-    ready = UOp.barrier(board.index(thread).store(x))
-    return sum(board.after(ready).index(const(other)).load() for other in range(threads)) * (1 / threads)
+    """The mean of a value that each thread has, known to all of them once all have met. They meet twice: each adds up
+    an eighth of the values, then the eight sums (one sum over all would be one long chain of additions)."""
+    parts = fitting(8, threads)
+    size, part = threads // parts, thread // (threads // parts)
+    board, sums = shared_memory(MEAN, threads), shared_memory(MEAN + 1, parts)
+    board = board.after(UOp.barrier(board.index(thread).store(x)))
+    mine = sum(board.index(part * size + n).load() for n in range(size))
+    sums = sums.after(UOp.barrier(sums.index(part).store(mine)))
+    return sum(sums.index(const(n)).load() for n in range(parts)) * (1 / threads)

@@ -15,7 +15,8 @@ from minillama.kernels.ring import slot_of
 
 HISTORY = 16        # inputs of the convolution that are kept: those a token sees and those of a batch of up to 8
 MOST = 8            # tokens at once
-LANES = 4           # threads that share a column of the memory
+LANES = 8           # threads that share a column of the memory
+BESIDE = 4          # columns of a thread, read and written together
 
 
 # ---- convolution --------------------------------------------------------------------------------------------------
@@ -91,11 +92,26 @@ def step(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias: Te
     Where threads can share memory, a block does one head: each of its threads holds a part of a column in registers,
     reads it once and writes it once. Elsewhere a loop goes down each column twice.
     """
-    tokens, slots, dim = qkv.shape[0], ring.shape[0], ring.shape[-1]
+    tokens, slots = qkv.shape[0], ring.shape[0]
     if tokens >= slots:
         raise ValueError(f"{tokens} tokens need {tokens + 1} slots, the ring has {slots}")
-    together = tuning.shares_memory(qkv.device) and dim % LANES == 0 and dim * LANES <= 1024
-    return (by_heads if together else by_columns)(qkv, z, b, a, ring, dt_bias, decay, norm, eps, position)
+    given = (z, b, a, ring, dt_bias, decay, norm, eps, position)
+    return by_heads((qkv, 0), qkv.shape[1], *given) if by_blocks(ring) else by_columns(qkv, *given)
+
+
+def by_blocks(ring: Tensor) -> bool:
+    """Whether a block of threads can do one head."""
+    dim = ring.shape[-1]
+    return tuning.shares_memory(ring.device) and dim % LANES == 0 and dim // BESIDE * LANES <= 1024
+
+
+def conv_and_step(inputs: Column, history: Tensor, weight: Tensor, z: Column, b: Column, a: Column, ring: Tensor,
+                  *given) -> Tensor:
+    """`conv`, then `step`: `given` is what follows its ring. Where a block does one head, it makes that head's part of
+    the convolution, too: one kernel less, and what it makes never leaves the block."""
+    if by_blocks(ring) and inputs[0].shape[0] < min(ring.shape[0], MOST + 1):
+        return by_heads(inputs, weight.shape[0], z, b, a, ring, *given, convolution=(history, weight))
+    return step(conv(inputs, history, weight, given[-1]), z, b, a, ring, *given)
 
 
 class Gates:
@@ -132,55 +148,90 @@ def one_token(gates: Gates, t: int, v: UOp, sums: list[UOp], scale: float) -> tu
     return keep, delta * k_norm, (keep * sq + kq * k_norm * delta) * q_norm
 
 
-def by_heads(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias: Tensor, decay: Tensor, norm: Tensor,
-             eps: float, position: Tensor) -> Tensor:
-    """`step` where threads share memory: a block a head, LANES threads a column, each with every LANES-th row.
+def by_heads(qkv: Column, channels: int, z: Column, b: Column, a: Column, ring: Tensor, dt_bias: Tensor,
+             decay: Tensor, norm: Tensor, eps: float, position: Tensor,
+             convolution: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """`step` where threads share memory: a block a head; LANES threads share a column, each has some of its rows
+    and BESIDE columns. qkv: what the convolution has made, or with `convolution` (history, weight) what it is to read.
 
     One kernel a token. Several in one would read the memory once for all of them, but with these lanes on an H100
     their registers spilled: two tokens took longer than two kernels.
     """
-    tokens, (slots, heads, dim, _) = qkv.shape[0], ring.shape
-    keys = (qkv.shape[1] - heads * dim) // 2
-    share, out = heads * dim // keys, result(tokens, heads * dim, like=qkv)
+    tokens, (slots, heads, dim, _) = qkv[0].shape[0], ring.shape
+    keys = (channels - heads * dim) // 2
+    share, out, more = heads * dim // keys, result(tokens, heads * dim, like=ring), list(convolution or ())
 
     def kernel_of(t: int):
-        def kernel(out: UOp, ring: UOp, qkv: UOp, z_: UOp, b_: UOp, a_: UOp, dt_bias: UOp, decay: UOp, norm: UOp,
-                   position: UOp) -> UOp:
-            head, token = UOp.range(heads, 0), const(t)
-            column, lane = UOp.range(dim, 1, AxisType.LOCAL), UOp.range(LANES, 2, AxisType.LOCAL)
+        def kernel(out: UOp, ring: UOp, *given: UOp) -> UOp:
+            source, z_, b_, a_, dt_bias, decay, norm, position = given[len(more):]
+            head, token, first = UOp.range(heads, 0), const(t), UOp.range(dim // BESIDE, 1, AxisType.LOCAL)
+            lane, columns = UOp.range(LANES, 2, AxisType.LOCAL), [first * BESIDE + n for n in range(BESIDE)]
             gates = Gates(head, {"z": (z_, z[1]), "b": (b_, b[1]), "a": (a_, a[1])}, dt_bias, decay)
-            rows = [lane + LANES * j for j in range(dim // LANES)]
-            memory = [ring.index(slot_of(position, t, slots), head, row, column).load() for row in rows]
-            q, k = ([qkv.index(token, head // share * dim + row + first).load() for row in rows]
-                    for first in (0, keys))
-            sums = summed_over_lanes([(memory, k), (memory, q)], [(k, k), (q, q), (k, q)], lane, column, dim)
-            v = qkv.index(token, head * dim + column + 2 * keys).load()
-            keep, write, o = one_token(gates, t, v, sums, dim ** -0.5)
-            stores = [ring.index(slot_of(position, t + 1, slots), head, row, column).store(s * keep + key * write)
-                      for row, s, key in zip(rows, memory, k, strict=True)]
-            at, square = head * dim + column, mean_of_threads(o * o, column, dim)
-            y = o * (square + eps).rsqrt() * norm.index(column).load() * gates.read("z", t, at).silu()
-            return UOp.group(*stores, out.index(token, at).store(y)).end(head, column, lane).sink(
-                arg=KernelInfo(f"delta_{heads}_{dim}", opts_to_apply=()))
+            rows = [lane * (dim // LANES) + j for j in range(dim // LANES)]
+            memory = [[ring.index(slot_of(position, t, slots), head, row, column).load() for row in rows]
+                      for column in columns]
+            key, value, stores = head // share * dim, head * dim + 2 * keys, []
+            if more:
+                board = shared_memory(2, LANES, dim)
+                mine = (lane < 2).where(lane.minimum(1) * keys + key, value)        # lane 0: q, 1: k, others: v
+                made = [convolved(given[0], source, given[1], mine + column, qkv[1], t, position)
+                        for column in columns]
+                board = board.after(UOp.barrier(*(board.index(lane, column).store(x)
+                                                  for column, (x, _) in zip(columns, made, strict=True))))
+                q, k = ([board.index(const(n), row).load() for row in rows] for n in range(2))
+                v, stores = [board.index(const(2), column).load() for column in columns], [store for _, store in made]
+            else:
+                q, k = ([source.index(token, key + row + at).load() for row in rows] for at in (0, keys))
+                v = [source.index(token, value + column).load() for column in columns]
+            sums, of_head = summed_over_lanes(memory, q, k, lane, columns, dim)
+            found = [one_token(gates, t, x, [*mine, *of_head], dim ** -0.5) for x, mine in zip(v, sums, strict=True)]
+            stores += [ring.index(slot_of(position, t + 1, slots), head, row, column).store(s * keep + x * write)
+                       for column, old, (keep, write, _) in zip(columns, memory, found, strict=True)
+                       for row, s, x in zip(rows, old, k, strict=True)]
+            outs = [o for *_, o in found]
+            square = mean_of_threads(sum(o * o for o in outs), first, dim // BESIDE) * (1 / BESIDE)
+            for column, o in zip(columns, outs, strict=True):
+                at = head * dim + column
+                y = o * (square + eps).rsqrt() * norm.index(column).load() * gates.read("z", t, at).silu()
+                stores.append(out.index(token, at).store(y))
+            return UOp.group(*stores).end(head, first, lane).sink(
+                arg=KernelInfo(f"{'conv_' if more else ''}delta_{heads}_{dim}", opts_to_apply=()))
         return kernel
     for t in range(tokens):
-        out, ring = out.custom_kernel(ring, qkv, z[0], b[0], a[0], dt_bias, decay, norm, position,
-                                      fxn=kernel_of(t))[:2]
+        out, ring, *rest = out.custom_kernel(ring, *more, qkv[0], z[0], b[0], a[0], dt_bias, decay, norm, position,
+                                             fxn=kernel_of(t))
+        more[:1] = rest[:1] if more else []
     return out
 
 
-def summed_over_lanes(by_column: list[tuple], of_head: list[tuple], lane: UOp, column: UOp, dim: int) -> list[UOp]:
-    """Products of two lists of values, summed over each thread's rows and then over the lanes: those of `by_column`
-    differ from column to column, those of `of_head` do not."""
-    wide, narrow = shared_memory(0, len(by_column), LANES, dim), shared_memory(1, len(of_head), LANES)
-    partial = [sum(x * y for x, y in zip(*pair, strict=True)) for pair in by_column + of_head]
-    count = len(by_column)
-    ready = UOp.barrier(*(wide.index(const(n), lane, column).store(partial[n]) for n in range(count)),
-                        *(narrow.index(const(n), lane).store(x) for n, x in enumerate(partial[count:])))
-    sums = [sum(wide.after(ready).index(const(n), const(other), column).load() for other in range(LANES))
-            for n in range(count)]
-    return sums + [sum(narrow.after(ready).index(const(n), const(other)).load() for other in range(LANES))
-                   for n in range(len(of_head))]
+def convolved(history: UOp, source: UOp, weight: UOp, channel: UOp, first: int, t: int, position: UOp,
+              ) -> tuple[UOp, UOp]:
+    """What `conv` makes of one channel of token t, and the store of its input into the history. (Several heads share a
+    key, and each stores that key's inputs: the same, and in a row that none of them reads.)"""
+    width = weight.shape[1]
+    past = [history.index(slot_of(position, s, HISTORY), channel).load() for s in range(t + 1 - width, 0)]
+    new = [source.index(const(n), channel + first).load() for n in range(max(0, t + 1 - width), t + 1)]
+    taps = [weight.index(channel, const(w)).load() for w in range(width)]
+    return (sum(x * tap for x, tap in zip(past + new, taps, strict=True)).silu(),
+            history.index(slot_of(position, t, HISTORY), channel).store(new[-1]))
+
+
+def summed_over_lanes(memory: list[list[UOp]], q: list[UOp], k: list[UOp], lane: UOp, columns: list[UOp], dim: int,
+                      ) -> tuple[list[list[UOp]], list[UOp]]:
+    """Sums over all rows, of which each lane has some: S·k and S·q of each column (`memory`: its rows), and k·k, q·q,
+    k·q of the head."""
+    wide, narrow = shared_memory(0, 2, LANES, dim), shared_memory(1, 3, LANES)
+
+    def product(a: list[UOp], b: list[UOp]) -> UOp:
+        return sum(x * y for x, y in zip(a, b, strict=True))
+    ready = UOp.barrier(
+        *(wide.index(const(n), lane, column).store(product(old, x))
+          for n, x in enumerate((k, q)) for column, old in zip(columns, memory, strict=True)),
+        *(narrow.index(const(n), lane).store(product(*pair)) for n, pair in enumerate(((k, k), (q, q), (k, q)))))
+    wide, narrow = wide.after(ready), narrow.after(ready)
+    return ([[sum(wide.index(const(n), const(other), column).load() for other in range(LANES)) for n in range(2)]
+             for column in columns],
+            [sum(narrow.index(const(n), const(other)).load() for other in range(LANES)) for n in range(3)])
 
 
 def by_columns(qkv: Tensor, z: Column, b: Column, a: Column, ring: Tensor, dt_bias: Tensor, decay: Tensor,

@@ -13,7 +13,7 @@ which kernels widen by hand. Three forms of each layout stand together:
 Block formats: llama.cpp, ggml/src/ggml-common.h.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -48,12 +48,14 @@ class Octet:
     are put behind those of 2^bits, and nothing need be converted.
 
     value = (n - bias) * scale + offset, n = quant - 2^bits. With bits 0 the quants are the values themselves.
+    `lifted`: every other quant, from the first on, comes as 2^(bits + lifted) + n.
     """
     quants: list[UOp]
     bits: int = 0
     bias: int = 0
     scale: UOp | None = None
     offset: UOp | None = None
+    lifted: int = 0
 
     @property
     def excess(self) -> float:
@@ -64,7 +66,11 @@ class Octet:
         """The product of the octet's values with eight others: one multiplication and addition a value, and for what
         the quants have too much, the sum of x (the same for all rows)."""
         total = sum((q * v for q, v in zip(self.quants[1:], x[1:], strict=True)), self.quants[0] * x[0])
-        return self.scaled(total, sum(x[1:], x[0]))
+        if not self.lifted:
+            return self.scaled(total, sum(x[1:], x[0]))
+        first, second = (sum(x[n + 2::2], x[n]) for n in range(2))
+        more = float((1 << self.bits + self.lifted) - (1 << self.bits))     # that the first, third, ... have
+        return self.scaled(total - first * more, first + second)
 
     def scaled(self, total: UOp, sum_of_x: UOp) -> UOp:
         """The product of values with others, x, from that of their quants."""
@@ -140,6 +146,17 @@ def _fours(words: UOp, row: UOp, i: UOp, bits: int) -> list[UOp]:
 
 def _octet4(words: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:
     return Octet([above(4, q) for q in _fours(words, row, i, 4)], 4, bias, scale, offset)
+
+
+def in_pairs(words: UOp, row: UOp, i: UOp, octet: Octet) -> Octet:
+    """An octet of four bits with its quants moved two at a time, half as many shifts: of neighbours, the first ends up
+    four places lower in its mantissa, and so comes as 2^8 + n."""
+    word, quants = load(words, row, i), []
+    for k in range(0, OCTET, 2):
+        up = TOP - 8 - 4 * k
+        pair = word << up if up > 0 else word >> -up
+        quants += [above(8, pair & (15 << TOP - 8)), above(4, pair & (15 << TOP - 4))]
+    return replace(octet, quants=quants, lifted=4)
 
 
 def _octet5(words: UOp, high: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:

@@ -22,8 +22,9 @@ def route_twin(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
     return chosen.where(index, 0).sum(-1).cast(dtypes.int32), best.softmax(-1)
 
 
-def route(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
-    """As the twin. Each expert's rank is counted; those below `used` are the places of the chosen."""
+def choose(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """The chosen and their logits, (tokens, used) each. Each expert's rank is counted; those below `used` are the
+    places of the chosen."""
     tokens, experts = logits.shape
     opts = tuning.grouped(tuning.lanes(logits.device, experts))
 
@@ -37,13 +38,20 @@ def route(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
         return UOp.group(*stores).end(expert, token).sink(
             arg=KernelInfo(f"route_{tokens}_{used}_{experts}", opts_to_apply=opts))
 
+    empty = {"device": logits.device}
+    ids, best = (Tensor.empty(tokens, used, dtype=dtype, **empty) for dtype in (dtypes.int32, dtypes.float32))
+    return tuple(ids.custom_kernel(best, logits, fxn=kernel)[:2])
+
+
+def route(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """As the twin."""
+    ids, best = choose(logits, used)
+    tokens = ids.shape[0]
+
     def shares(probs: UOp, best: UOp) -> UOp:
         token = UOp.range(tokens, 0)
         sizes = [(best.index(token, const(n)).load() - best.index(token, const(0)).load()).exp() for n in range(used)]
         total = sum(sizes)
         return UOp.group(*(probs.index(token, const(n)).store(size / total) for n, size in enumerate(sizes))).end(
             token).sink(arg=KernelInfo(f"shares_{tokens}_{used}", opts_to_apply=()))
-    empty = {"device": logits.device}
-    ids, best = (Tensor.empty(tokens, used, dtype=dtype, **empty) for dtype in (dtypes.int32, dtypes.float32))
-    ids, best, _ = ids.custom_kernel(best, logits, fxn=kernel)
-    return ids, Tensor.empty(tokens, used, dtype=dtypes.float32, **empty).custom_kernel(best, fxn=shares)[0]
+    return ids, Tensor.empty(tokens, used, dtype=dtypes.float32, device=best.device).custom_kernel(best, fxn=shares)[0]

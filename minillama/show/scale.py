@@ -71,3 +71,19 @@ def against_batch(batches: Sequence[int], limits: Mapping[str, Sequence[float]],
     logarithmic(axes, "x", "y")
     axes.legend(fontsize=8, loc="upper left")
     return figure
+
+
+def launches(states: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Microseconds of one launch of each kernel, a bar for each state of the code; `states` in seconds."""
+    names = list(dict.fromkeys(name for times in states.values() for name in times))
+    figure, axes = canvas(title, 8, 1.2 + 0.36 * len(names))
+    width = 0.8 / len(states)
+    for n, ((state, times), (colour, hatch)) in enumerate(zip(states.items(), STYLES, strict=False)):
+        rows = [row for row, name in enumerate(names) if name in times]
+        axes.barh([row + (n + 0.5) * width - 0.4 for row in rows], [1e6 * times[names[row]] for row in rows], width,
+                  color=colour, hatch=hatch, edgecolor=BLACK, linewidth=0.4, label=state)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="µs a launch")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=8)
+    return figure
