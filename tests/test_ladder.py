@@ -28,11 +28,11 @@ EXPECTED = {
     "unpruned": (221, 13),
     "fused-projections": (219, 21),
     "fused-delta": (177, 3),
-    "packed": (136, 3),
-    "grouped": (136, 3),
-    "draft": (166, 9),
-    "mtp-hidden": (166, 9),
-    "mtp-kv": (148, 8),
+    "packed": (128, 3),
+    "grouped": (128, 3),
+    "draft": (157, 9),
+    "mtp-hidden": (157, 9),
+    "mtp-kv": (140, 8),
 }
 
 
