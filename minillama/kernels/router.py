@@ -1,4 +1,5 @@
 """The router's choice in two kernels: every expert's rank, which is where the best ones are put; then their shares.
+(For a few tokens, `product.gated` works the shares out by itself.)
 
 The softmax over all experts is never made: shares are renormalised over the chosen, so the others' terms cancel.
 """
