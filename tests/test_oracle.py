@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import oracle
 import pytest
+from arrays import threads_share
 from oracle import FORMAT_TOLERANCE, FORMATS, LENGTHS, TOLERANCE, difference, golden, needed
 from processes import processor_time
 from tinygrad import Tensor, TinyJit, UOp
@@ -103,6 +104,18 @@ def test_every_format_gives_its_golden_logits_out_of_packed_weights(model, kind)
 
 
 # ---- one model, several ways to store it -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ("ref-a", "ref-k"))
+def test_the_kernels_of_a_gpu_give_the_golden_logits_eight_tokens_at_a_time_and_one(model, monkeypatch):
+    """As a GPU runs them, where there is memory that threads share: ref-k's experts are as wide as its shared one, and
+    its keys have one head."""
+    threads_share(monkeypatch)
+    kind = {"ref-a": "Q4_0", "ref-k": "Q4_K_M"}[model]
+    engine, values = Engine.load(needed(f"{model}-{kind}.gguf"), context=128), golden(model)
+    engine.batches = (8, 1)
+    assert difference(engine.logits(values["tokens_65"]), values[f"logits_65_{kind}"]) < FORMAT_TOLERANCE
 
 
 def rewrite(target: Path, tensors: dict[str, np.ndarray], drop: tuple[str, ...] = (), **keys) -> Path:
