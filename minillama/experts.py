@@ -103,6 +103,6 @@ def few_tokens(x: Tensor, w: ExpertWeights, config: ModelConfig, residual: Tenso
         logits = linear(x, w.router)                                        # (tokens, experts)
     ids, best = router.choose(logits, config.experts_used)
     routed = product.gated(x, *w.pair(), ids, best, logits=True)            # (tokens, used, width)
-    if tuning.shares_memory(x.device) and w.shared_down.shape == w.down.shape[1:] and config.experts_used <= 16:
+    if w.shared_down.shape == w.down.shape[1:] and tuning.written_out(x.device, config.experts_used):
         return product.mixed(routed, w.down, ids, residual, (shared, w.shared_down))
     return product.mixed(routed, w.down, ids, product.linear(shared, w.shared_down, residual))

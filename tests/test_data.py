@@ -19,6 +19,7 @@ DATA = Path(__file__).parents[1] / "data"
 sys.path.insert(0, str(DATA))
 import card  # noqa: E402
 import completions  # noqa: E402
+import kernel_profile  # noqa: E402
 import quality  # noqa: E402
 
 REFERENCE = Path(os.environ.get("MINILLAMA_REFERENCE", Path(__file__).parent / "reference"))
@@ -196,3 +197,17 @@ def test_a_window_reads_as_the_oracle_does():
     np.testing.assert_array_equal(said[0], every.argmax(-1))
     drafts = {n - 2: int(golden[f"mtp_logits_{n}"].argmax()) for n in (2, 5, 63, 64, 65)}
     assert {place: int(said[1][place]) for place in drafts} == drafts
+
+
+@host
+def test_a_profile_is_read_kernel_by_kernel_behind_whatever_stands_before_its_table(tmp_path):
+    stalls = [f"{kernel_profile.STALL}{why}{kernel_profile.ENDS}" for why in ("long_scoreboard", "wait")]
+    names = ["ID", "Kernel Name", kernel_profile.TIME, *kernel_profile.VALUES.values(), *stalls]
+    lines = ["==PROF== Connected to process 1", names, [""] * len(names), [0, "a", "1,952", 16, 2, 32, 3, 1],
+             [1, "b", 500, 8, 1, "1,024", 0, 0], [2, "a", 2048, 16, 2, 32, 1, 3]]
+    text = "\n".join(line if isinstance(line, str) else ",".join(f'"{cell}"' for cell in line) for line in lines)
+    (tmp_path / "profile.csv").write_text(text)
+    a, b = kernel_profile.rows_of(tmp_path / "profile.csv", "now")
+    assert (a.name, a.samples_ns, a.values["registers"]) == ("now: a", [1952, 2048], 16)
+    assert a.values["waits_for_memory"] == 0.5
+    assert (b.name, b.samples_ns, b.values["threads"], b.values["waits_for_memory"]) == ("now: b", [500], 1024, 0)

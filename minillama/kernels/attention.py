@@ -37,7 +37,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
     values beside keys, (v, cache).
 
     A head's values lie at x + head * stride; table (positions, 2, half) holds all positions' cosines and sines. A
-    block does one head of one token.
+    block does one head of one token. Returns `out`, and the other cache where there is one.
     """
     source, first = x
     tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
@@ -97,7 +97,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
 
     def part_kernel(out: UOp, best: UOp, weight: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
         token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(parts, 2)
-        member, crew, lane, squad = (UOp.range(count, 3 + n, AxisType.LOCAL)        # a thread has four numbers
+        # a thread's place: `team` members a head, so many crews of them, lanes of a position, squads of heads
+        member, crew, lane, squad = (UOp.range(count, 3 + n, AxisType.LOCAL)
                                      for n, count in enumerate((team, size // team, lanes, squads)))
         heads_here = [squad * (share // squads) + h for h in range(share // squads)]
         end = number(position.index(const(0))) + token + 1

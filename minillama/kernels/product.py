@@ -171,9 +171,9 @@ def mixed_twin(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | Non
 def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = None,
           shared: tuple[Tensor, Packed] | None = None) -> Tensor:
     """As `mixed_twin`: a bundle of threads goes through the same rows of all chosen experts, and writes their sum.
-    `shared`: a vector (tokens, width) and a matrix (hidden, width) whose product is added. (Not on a device whose
-    threads do not share sums.) Quants are not moved in pairs: the compiler then had fewer loads under way, and an H200
-    took 7.5 µs instead of 5.4."""
+    `shared`: a vector (tokens, width) and a matrix (hidden, width) whose product is added. (Only where the sum over
+    experts is `tuning.written_out`.) Quants are not moved in pairs: the compiler then had fewer loads under way, and
+    an H200 took 7.5 µs instead of 5.6."""
     (tokens, used, width), hidden = routed.shape, down.shape[1]
     octets = width // OCTET
     step, opts = tuning.product(routed.device, hidden, octets, 1, outer=used)

@@ -48,6 +48,11 @@ def spread_for(device: str) -> Spread:
     return SPREADS.get(backend(device), SPREADS["CPU"])
 
 
+def written_out(device: str, terms: int) -> bool:
+    """Whether lanes here take all so many terms of an outer sum at once."""
+    return spread_for(device).lanes > 1 and terms <= 16
+
+
 def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, times: int = 1,
             outer: int = 1) -> tuple[int, tuple[Opt, ...]]:
     """Octets a step and the optimizer's options for rows (axis 0) × tokens (axis 1), reduced over the steps of so many
@@ -70,7 +75,7 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     lanes, groups = fitting(lanes, octets // step), fitting(groups, rows // each)
     opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
     if lanes > 1:
-        turns, written = octets // step // lanes, 1 < outer <= 16
+        turns, written = octets // step // lanes, outer > 1 and written_out(device, outer)
         opts += [Opt(OptOps.UNROLL, 0, 0)] if written else []
         opts += [Opt(OptOps.GROUP, int(outer > 1 and not written), lanes)]
         at_once = fitting(WRITTEN // tokens, turns) if tokens <= 2 and (outer == 1 or written) else 1
