@@ -68,6 +68,15 @@ def attend_in_blocks(q: Tensor, keys: Tensor, values: Tensor, start: int | UOp) 
     return out.reshape(kv_heads, group, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
 
 
+def over_cache(q: Tensor, gate: Tensor, keys: Tensor, values: Tensor, start: int | UOp) -> Tensor:
+    """Gated attention of tokens start.. over a cache (positions, kv_heads, dim) whose rows behind them may hold
+    anything. q, gate (tokens, heads, dim); returns that shape."""
+    if q.shape[0] > 1 and isinstance(start, UOp) and keys.shape[0] % BLOCK == 0:
+        return attend_in_blocks(q, keys, values, start) * gate.sigmoid()
+    end = start + q.shape[0]
+    return attend(q, keys[:end].float(), values[:end].float(), start) * gate.sigmoid()
+
+
 def keys_and_values(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor) -> tuple[Tensor, ...]:
     """The projections of x (tokens, ..., hidden): q, gate (tokens, heads, dim) and k, v (tokens, kv_heads, dim).
 
@@ -85,41 +94,40 @@ def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor
               cache=None, residual: Tensor | None = None) -> Tensor:
     """One gated attention mixer, plus `residual`. x (tokens, ..., hidden) at positions start..; returns that shape.
 
-    `cache.write(k, v, start)` stores the new rows and returns all rows so far, `cache.store` all rows there are;
-    without a cache the text starts here.
+    `cache.store(k, v, start)` stores the new rows and returns all there are; without a cache the text starts here.
     """
     q, gate, k, v = keys_and_values(x, w, config, table)
-    if cache is not None and x.shape[0] > 1 and isinstance(start, UOp) and cache.keys.shape[0] % BLOCK == 0:
-        out = attend_in_blocks(q, *cache.store(k, v, start), start)
-    else:
-        out = attend(q, *((k, v) if cache is None else cache.write(k, v, start)), start)
-    out = out * gate.sigmoid()
+    out = over_cache(q, gate, *((k, v) if cache is None else cache.store(k, v, start)), start)
     return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)
 
 
 def can_step(device: str, config: ModelConfig) -> bool:
-    """Whether `attention_step` can do this model on this device."""
+    """Whether `attention_step` can attend with kernels of its own, for this model on this device."""
     return tuning.shares_memory(device) and kernels.fits(config.heads, config.kv_heads, config.head_dim)
 
 
 def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
-                   residual: Tensor) -> Tensor:
-    """`attention` for a few tokens where `can_step`, in six kernels. x and residual (tokens, hidden);
-    table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token."""
+                   residual: Tensor, start: int | UOp = 0) -> Tensor:
+    """`attention` for a few tokens, in six kernels where `can_step`, else in nine. x and residual (tokens, hidden);
+    table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token, `start` the
+    same as a number or variable, which only the nine need."""
     c, (tokens, _) = config, x.shape
     keys = c.kv_heads * c.head_dim
     (q, at), k, v = columns(x, w.inputs, (2 * c.heads * c.head_dim, keys, keys))    # q: per head [query | gate]
     turned = Tensor.empty(tokens, c.heads, c.head_dim, device=x.device)
     turned, = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned)
     rows, values = cached_heads(k, v, w, config, table, cache, position)
-    y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
+    if can_step(x.device, c):
+        y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
+    else:
+        gate = q[:, at:at + 2 * c.heads * c.head_dim].reshape(tokens, c.heads, -1)[..., c.head_dim:]
+        y = over_cache(turned, gate, rows, values, start).reshape(tokens, -1)
     return linear(y, w.out, residual)
 
 
 def cached_heads(k: Column, v: Column, w: AttentionWeights, config: ModelConfig, table: Tensor, cache,
                  position: Tensor) -> tuple[Tensor, Tensor]:
-    """Norm and rotate keys, and store them and values from `position` on, where `can_step`. Returns the cache's
-    buffers with them."""
+    """Norm and rotate keys, and store them and values from `position` on. Returns the cache's buffers with them."""
     c = config
     keys, values = kernels.rotated(k, w.k_norm, c.norm_eps, table, c.kv_heads, c.head_dim, position, cache.keys,
                                    (v, cache.values))
@@ -135,7 +143,7 @@ def remember(x: Tensor, w: AttentionWeights, kv: tuple[Weight, ...], config: Mod
     the model's Place.
     """
     c, width = config, config.kv_heads * config.head_dim
-    if x.shape[0] <= FEW and isinstance(kv[0], Packed) and can_step(x.device, c):
+    if x.shape[0] <= FEW and isinstance(kv[0], Packed):
         cached_heads(*columns(x, kv, (width, width)), w, c, table, cache, at.position)
         return
     k, v = (part.reshape(x.shape[0], -1, c.head_dim) for part in project(x, kv, (width, width)))

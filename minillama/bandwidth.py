@@ -1,7 +1,8 @@
 """How fast packed weights are read: every kernel for few tokens, on a model's real shapes, beside a measured copy.
 
 A sample is the replay of a graph of many launches, each after the one before (all write to the same place, as the
-captured graph's memory plan has it). They go round over more copies of the weights than any cache holds.
+captured graph's memory plan has it), overlapping where the device can do that: "apart" is the time without. They go
+round over more copies of the weights than any cache holds.
 Counted are the bytes of the weights that a launch must read, once; what a launch costs is in its time, and the row
 "launch" tells how much that is: a matrix of 4 KB.
 
@@ -17,7 +18,7 @@ import numpy as np
 from tinygrad import Context, Device, Tensor, TinyJit, dtypes
 
 from minillama.config import ModelConfig
-from minillama.kernels import product
+from minillama.kernels import product, tuning
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed
 from minillama.measure import time_call
@@ -130,9 +131,11 @@ def captured(case: Case, launches: int) -> TinyJit:
     return replay
 
 
-def measure_case(case: Case, copy: float, launches: int = LAUNCHES, repeats: int = REPEATS) -> Row:
-    """Samples are nanoseconds a launch; `copy` is the copy's bandwidth, bytes a second."""
+def measure_case(case: Case, copy: float, launches: int = LAUNCHES, repeats: int = REPEATS, early: bool = True) -> Row:
+    """Samples are nanoseconds a launch; `copy` is the copy's bandwidth, bytes a second; `early`: launches overlap
+    where the device can do that."""
     once = max(len(case.calls), min(launches, GRAPH))
+    tuning.choose_launches(None, early)
     times, replay = math.ceil(launches / once), captured(case, once)
     timing = time_call(lambda: [replay() for _ in range(times)] and None, repeats=repeats, warmup=1)
     samples = [round(sample / (once * times)) for sample in timing.samples_ns]
@@ -152,8 +155,10 @@ def main() -> None:
     rows = [Row("copy", values={"gigabytes_a_second": copy / 1e9, "share_of_copy": 1.0})]
     print(f"{Device.DEFAULT}: a copy reads and writes {copy / 1e9:,.0f} GB/s", flush=True)
     for case in Cases(config).all():
+        apart = median(measure_case(case, copy, early=False).samples_ns)
         rows.append(measure_case(case, copy))
-        print(line(rows[-1]), flush=True)
+        rows[-1].values["nanoseconds_apart"] = apart
+        print(line(rows[-1]) + f"{apart / 1e3:>9.2f} µs where none overlaps", flush=True)
         write_result(Result.here("bandwidth", Model(config.name, "all", 1), rows), local="--store" not in sys.argv)
 
 

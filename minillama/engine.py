@@ -13,6 +13,7 @@ from minillama import program_cache, sampling
 from minillama.attention import BLOCK
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
+from minillama.kernels import tuning
 from minillama.kernels.packed import Packed
 from minillama.layers import linear, rope_table
 from minillama.model import Place, forward, forward_mtp, place_of
@@ -145,6 +146,7 @@ class Engine:
                 run = TinyJit(run, prune=self.recipe.capture == "prune")
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
+            tuning.choose_launches(self.device, self.recipe.launches == "early")
         return self.steps[key](*given)
 
     # ---- a text ---------------------------------------------------------------------------------------------------

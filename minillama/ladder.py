@@ -30,7 +30,7 @@ class Rung:
 
 
 NAIVE = Recipe(delta="recurrent", experts="dense", copies="everywhere", capture="eager", logits="all",
-               projections="separate", weights="float", mtp_prefill="logits")
+               projections="separate", weights="float", launches="after", mtp_prefill="logits")
 
 STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("naive", "07", "llama.cpp #16095: correctness only", {}, Ledger(
@@ -92,6 +92,11 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "tokens that picked the same expert share one reading of it", "prompts",
         "short batches: tiles are mostly padding; 64 tokens of the shipped model on a CPU", "`experts=gathered`",
         "random tokens spread over the experts more evenly than text does")),
+    ("overlapped", "17", "programmatic dependent launch, in a captured graph", {"launches": "early"}, Ledger(
+        "no kernel reads what the one before it writes until that has ended", "a kernel starts, and asks for its "
+        "weights, while the one before it ends", "decoding on NVIDIA's GPUs from Hopper on, where kernels are short",
+        "nowhere that was measured; on other devices nothing changes", "`launches=after`",
+        "a kernel repeated alone overlaps with itself: measure whole tokens")),
     ("draft", "14", "#22673: the MTP block guesses, the model verifies", {"draft": 3}, Ledger(
         "a greedy text stays the same, token by token; a sampled one keeps its distribution",
         "one pass of the model over a few tokens costs less than as many passes, where reading weights is what costs",

@@ -62,8 +62,8 @@ def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: D
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
     rotary angles of all positions. `few`: hand-written kernels may take over."""
     everywhere = recipe.copies == "everywhere"
-    if isinstance(part, KVCache) and few and attention.can_step(x.device, config):
-        return attention.attention_step(x, w.mixer, config, table, part, at.position, residual)
+    if isinstance(part, KVCache) and few and (attention.can_step(x.device, config) or not everywhere):
+        return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
     if isinstance(part, KVCache):
         module = first_port if everywhere else attention
         return module.attention(x, w.mixer, config, at.rows(table), at.start, part, residual)

@@ -13,6 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "logits": ("all", "last"),
     "projections": ("separate", "fused"),
     "weights": ("float", "packed"),
+    "launches": ("after", "early"),
     "mtp_prefill": ("logits", "hidden", "kv"),
 }
 DRAFTS = 4          # at most: a token more must fit into the kernels for few tokens
@@ -30,8 +31,9 @@ class Recipe:
     A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts and
     two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
     functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one;
-    an `experts` function that cannot read `Packed` weights goes with weights="float". `draft`: tokens that the MTP
-    block guesses before the model looks at them, at most; with any, `mtp_prefill` says what runs for prompts.
+    an `experts` function that cannot read `Packed` weights goes with weights="float". `launches="early"` lets kernels
+    overlap where a GPU can (`kernels.overlap`); elsewhere it changes nothing. `draft`: tokens that the MTP block
+    guesses before the model looks at them, at most; with any, `mtp_prefill` says what runs for prompts.
     """
     delta: str | Callable = "fused"
     experts: str | Callable = "grouped"
@@ -40,6 +42,7 @@ class Recipe:
     logits: str = "last"
     projections: str = "fused"
     weights: str = "packed"
+    launches: str = "early"
     draft: int = 0
     mtp_prefill: str = "kv"
 

@@ -58,11 +58,11 @@ def test_a_batch_multiplied_is_exactly_the_batch_unrolled_with_another_recipe_to
 @pytest.mark.slow
 def test_the_kernels_of_a_gpu_that_is_not_here_are_counted(groups):
     """Its threads share memory: a step of the delta rule is one kernel, and attention takes four where a CPU takes
-    ten. What is counted afterwards is a CPU's again."""
+    seven. What is counted afterwards is a CPU's again."""
     config = replace(shape_config("tiny", 8, mtp=True), head_dim=64, state_dim=64)
     there, here = (count.count_step(config, Recipe(), "F32", 1, DEPTH, backend) for backend in ("CUDA", ""))
     parts = [{part.name: part.counts.kernels for part in group.parts} for group in (*there[:2], *here[:2])]
-    assert [found.get("delta rule", found.get("attention")) for found in parts] == [1, 4, 3, 10]
+    assert [found.get("delta rule", found.get("attention")) for found in parts] == [1, 4, 3, 7]
     assert count.count_step(shape_config("tiny", 8, mtp=True), Recipe(), "F32", 1, DEPTH) == groups
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.host
 ROOT = Path(__file__).parent.parent
 MEGABYTES = 48
 LINES, COLUMNS = 350, 120
-ENGINE_LINES = 5090
+ENGINE_LINES = 5600
 
 
 def ours() -> list[Path]:
@@ -65,7 +65,7 @@ def test_the_engine_can_be_read_in_an_evening():
     while new:
         engine |= new
         new = set().union(*map(leads_to, new)) - engine
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in engine}
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in engine}
     assert sum(lines.values()) <= ENGINE_LINES, lines
     assert len(lines) > 10, f"the walk found only {sorted(lines)}"
 

@@ -28,11 +28,11 @@ EXPECTED = {
     "unpruned": (221, 13),
     "fused-projections": (219, 21),
     "fused-delta": (177, 3),
-    "packed": (128, 3),
-    "grouped": (128, 3),
-    "draft": (157, 9),
-    "mtp-hidden": (157, 9),
-    "mtp-kv": (140, 8),
+    "packed": (122, 1),
+    "grouped": (122, 1),
+    "draft": (148, 6),
+    "mtp-hidden": (148, 6),
+    "mtp-kv": (132, 5),
 }
 
 

@@ -4,6 +4,7 @@ import pytest
 from arrays import TOLERANCE, numbers, off, tensor, threads_share
 from tinygrad import Tensor, dtypes
 
+from minillama.attention import over_cache
 from minillama.delta_net import chunked
 from minillama.kernels import attention, chunks, delta
 from minillama.layers import l2_norm, rms_norm, rope
@@ -86,11 +87,13 @@ def test_more_tokens_than_a_ring_has_room_for_are_refused():
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "position", "kv_heads", "dim"), ((1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128)))
-def test_attention_in_parts_equals_its_twin_on_both_sides_of_a_part(tokens, position, kv_heads, dim):
-    from tinygrad import Device
-    if not Device[Device.DEFAULT].renderer.has_local:
-        pytest.skip("no memory that threads share on this device")
+@pytest.mark.parametrize("form", ("loops", "threads"))
+@pytest.mark.parametrize(("tokens", "position", "kv_heads", "dim"), (
+    (1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128), (5, 62, 1, 32)))
+def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, tokens, position, kv_heads, dim,
+                                                                         monkeypatch):
+    if form == "threads":
+        threads_share(monkeypatch)
     heads, half, positions = 4, 16, 200
     k, v = 2 * heads * dim, (2 * heads + kv_heads) * dim        # first columns of the projection [q | k | v]
     source, weight, other = tensor(tokens, v + kv_heads * dim), tensor(dim), tensor(dim, seed=1)
@@ -104,7 +107,8 @@ def test_attention_in_parts_equals_its_twin_on_both_sides_of_a_part(tokens, posi
     wanted_values[now] = source[:, v:].reshape(tokens, kv_heads, dim).numpy()
     got, = attention.rotated((source, 0), weight, 1e-6, table, heads, 2 * dim, at, Tensor.empty(tokens, heads, dim))
     keys, values = attention.rotated((source, k), other, 1e-6, table, kv_heads, dim, at, keys, ((source, v), values))
-    y = attention.attend(got, keys, values, (source, dim), 2 * dim, at)
+    y = attention.attend(got, keys, values, (source, dim), 2 * dim, at) if form == "threads" else over_cache(
+        got, q[:, :, 1], keys, values, position).reshape(tokens, -1)
     twin = attention.attend_twin(wanted, Tensor(wanted_keys), Tensor(wanted_values), q[:, :, 1], position)
     assert off(got, wanted) < TOLERANCE and off(y, twin) < TOLERANCE
     assert off(keys, wanted_keys) < TOLERANCE and np.array_equal(values.numpy(), wanted_values)

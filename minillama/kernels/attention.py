@@ -1,15 +1,17 @@
-"""Gated attention for a few tokens, where threads share memory: rotate and store, attend in parts, put together.
+"""Gated attention for a few tokens: rotate and store; where threads share memory, attend in parts, put together.
 
 Plain tensor code takes about ten kernels, and those that sum over positions take them one after the other, since their
-number is not known when they are compiled. Here the cache is cut into parts of some positions; a block of threads
+number is not known when they are compiled. In parts, the cache is cut into parts of some positions; a block of threads
 attends over one part, for all query heads that share its keys, and what the parts found is weighed at the end. Parts
 behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein 2018 (online softmax).
 """
 from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from minillama.kernels import tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
-from minillama.kernels.product import Column, added, counter, number, result
+from minillama.kernels.product import Column, number, result
+from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import fitting
 
 PART = 64           # positions of a part, at most
@@ -37,21 +39,25 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
     values beside keys, (v, cache).
 
     A head's values lie at x + head * stride; table (positions, 2, half) holds all positions' cosines and sines. A
-    block does one head of one token. Returns `out`, and the other cache where there is one.
+    block does one head of one token, or a loop does. Returns `out`, and the other cache where there is one.
     """
     source, first = x
     tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
     more = [] if beside is None else [beside[1], beside[0][0]]
+    together = tuning.shares_memory(source.device) and dim <= 1024
 
     def kernel(out: UOp, *given: UOp) -> UOp:
         source, norm, table, position = given[len(more) // 2:][:4]
-        token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
+        token, head = UOp.range(tokens, 0), UOp.range(heads, 1)
+        place = UOp.range(dim, 2, AxisType.LOCAL if together else AxisType.WEAK)
+        term = place if together else counter(dim, 3)
         at, row = head * stride + first, number(position.index(const(0))) + token
 
         def value(place: UOp) -> UOp:
             return source.index(token, at + place).load() * norm.index(place).load()
-        plain = source.index(token, at + place).load()
-        scale = (mean_of_threads(plain * plain, place, dim) + eps).rsqrt()
+        plain = source.index(token, at + term).load()
+        square = mean_of_threads(plain * plain, place, dim) if together else added(plain * plain, term) * (1 / dim)
+        scale = (square + eps).rsqrt()
         left, turned = place < half, place < 2 * half
         other = turned.where(left.where(place + half, place - half), place)
         angle = turned.where(left.where(place, place - half), const(0))
@@ -62,7 +68,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
         if more:
             as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
             stores.append(given[0].index(row, head, place).store(as_it_is))
-        return UOp.group(*stores).end(token, head, place).sink(
+        return UOp.group(*stores).end(place).end(token, head).sink(
             arg=KernelInfo(f"rotate_{'store_' if more else ''}{tokens}_{heads}_{dim}", opts_to_apply=()))
     return out.custom_kernel(*more[:1], source, norm, table, position, *more[1:], fxn=kernel)[:1 + len(more) // 2]
 

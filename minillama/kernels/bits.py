@@ -8,6 +8,7 @@ from tinygrad.uop.ops import UOp
 WORD, BITS, HALF, FLOAT = dtypes.uint32, dtypes.uint16, dtypes.half, dtypes.float32
 EXPONENT, MANTISSA = 0x7c00, 0x03ff     # of a half
 TOP, ONE = 23, 0x3F800000               # of a float32: the bits of its mantissa; the bits of 1.0
+SUBNORMAL = 149                         # the float32 number whose bits are those of the integer 1 is 2^-149
 
 # ---- in a kernel --------------------------------------------------------------------------------------------------
 
@@ -36,6 +37,12 @@ def above(bits: int, mantissa: UOp) -> UOp:
     """The float32 number from 2^bits to 2^(bits + 1) with this mantissa: where it is an integer of so many bits, put
     at the mantissa's top, 2^bits more than that."""
     return (mantissa | (ONE + (bits << TOP))).bitcast(dtypes.float32)
+
+
+def times(x: UOp, factor: float) -> UOp:
+    """x times a constant, made before all else. Left bare, tinygrad would pass the constant on to a larger product,
+    and what it is to keep in range would have got lost; so a zero is added that only compilers see through."""
+    return x * factor + ((x.bitcast(WORD) >> 1) & (1 << 31)).bitcast(FLOAT)
 
 
 def load(array: UOp, *index: UOp) -> UOp:

@@ -11,7 +11,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.block import const, shared_memory
-from minillama.kernels.product import added, counter, result
+from minillama.kernels.product import result
+from minillama.kernels.sums import added, counter
 
 CHUNK = 64          # tokens
 COLUMNS = 8         # of the memory, of a block (both measured on an H100)

@@ -11,8 +11,9 @@ from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
-from minillama.kernels.product import Column, added, counter, result
+from minillama.kernels.product import Column, result
 from minillama.kernels.ring import slot_of
+from minillama.kernels.sums import added, counter
 
 HISTORY = 16        # inputs of the convolution that are kept: those a token sees and those of a batch of up to 8
 MOST = 8            # tokens at once

@@ -12,7 +12,8 @@ from tinygrad.uop.ops import KernelInfo, UOp
 from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
-from minillama.kernels.product import added, counter, dot, number, result
+from minillama.kernels.product import dot, number, result
+from minillama.kernels.sums import added, counter
 
 
 @dataclass(frozen=True)

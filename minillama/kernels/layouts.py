@@ -12,8 +12,10 @@ which kernels widen by hand. Three forms of each layout stand together:
 
 Block formats: llama.cpp, ggml/src/ggml-common.h.
 """
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -24,6 +26,7 @@ from minillama.kernels.bits import (
     BITS,
     FLOAT,
     HALF,
+    SUBNORMAL,
     TOP,
     WORD,
     above,
@@ -37,54 +40,81 @@ from minillama.kernels.bits import (
     parted,
     span_bytes,
     spread,
+    times,
 )
 
 OCTET = 8
+LOWERED = 64        # products of subnormal numbers and values made large are 2^64 times too small, and far from limits
+HIGH = 12           # by which bits are moved down that lie where a float32 number has its exponent
+
+
+def total(pairs: Iterable[tuple[UOp, UOp]]) -> UOp:
+    """The sum of products of pairs."""
+    return reduce(operator.add, (a * b for a, b in pairs))
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where some bits of a quant lie: `count` of them in a word, from bit `start` on; `weight`: which of the quant's
+    bits is their first."""
+    word: UOp
+    start: int
+    count: int
+    weight: int = 0
+
+    def at(self, place: int) -> UOp:
+        """These bits from bit `place` of an otherwise empty word on."""
+        return moved(self.word, self.start, self.count, place + self.weight)
+
+    def in_place(self, x: UOp) -> tuple[UOp, UOp]:
+        """Two numbers whose product is that of these bits, at their weight, and x, but for 2^LOWERED. The first is the
+        masked word read as a float32 number, a subnormal one; the second makes up for how small it is."""
+        low = 0 if self.start + self.count <= TOP else HIGH         # bits of the exponent come down first
+        place = self.start - low
+        return (moved(self.word, self.start, self.count, place).bitcast(FLOAT),
+                times(x, 2.0 ** (SUBNORMAL - LOWERED - place + self.weight)))
 
 
 @dataclass(frozen=True)
 class Octet:
-    """Eight quants of a row in a kernel. An integer n of `bits` bits comes as the float32 number 2^bits + n: its bits
-    are put behind those of 2^bits, and nothing need be converted.
+    """Eight quants of a row in a kernel, each made of fields that have `bits` bits together; or eight `plain` values.
 
-    value = (n - bias) * scale + offset, n = quant - 2^bits. With bits 0 the quants are the values themselves.
-    `lifted`: every other quant, from the first on, comes as 2^(bits + lifted) + n.
+    value = (n - bias) * scale + offset of a quant n. No n is converted from an integer: as one of `quants` it comes as
+    the float32 number 2^bits + n, whose mantissa holds its bits.
     """
-    quants: list[UOp]
+    fields: list[list[Field]]
     bits: int = 0
     bias: int = 0
     scale: UOp | None = None
     offset: UOp | None = None
-    lifted: int = 0
+    plain: list[UOp] | None = None
 
     @property
-    def excess(self) -> float:
-        """What a quant has too much: value = (quant - excess) * scale + offset."""
-        return float((1 << self.bits) + self.bias) if self.bits else 0.0
+    def quants(self) -> list[UOp]:
+        """2^bits + n, of each; or the values."""
+        return self.plain or [above(self.bits, reduce(operator.or_, (f.at(TOP - self.bits) for f in fields)))
+                              for fields in self.fields]
 
-    def times(self, x: list[UOp]) -> UOp:
+    def times(self, x: list[UOp], in_place: bool = False) -> UOp:
         """The product of the octet's values with eight others: one multiplication and addition a value, and for what
-        the quants have too much, the sum of x (the same for all rows)."""
-        total = sum((q * v for q, v in zip(self.quants[1:], x[1:], strict=True)), self.quants[0] * x[0])
-        if not self.lifted:
-            return self.scaled(total, sum(x[1:], x[0]))
-        first, second = (sum(x[n + 2::2], x[n]) for n in range(2))
-        more = float((1 << self.bits + self.lifted) - (1 << self.bits))     # that the first, third, ... have
-        return self.scaled(total - first * more, first + second)
+        the quants have too much, the sum of x (the same for all rows). `in_place`: of a field, which is not moved."""
+        if self.plain or not in_place:
+            return self.scaled(total(zip(self.quants, x, strict=True)), reduce(operator.add, x))
+        y = total(field.in_place(v) for fields, v in zip(self.fields, x, strict=True) for field in fields)
+        return self.scaled(y * 2.0 ** LOWERED, reduce(operator.add, x), self.bias)
 
-    def scaled(self, total: UOp, sum_of_x: UOp) -> UOp:
-        """The product of values with others, x, from that of their quants."""
-        if not self.bits:
+    def scaled(self, total: UOp, sum_of_x: UOp, excess: int | None = None) -> UOp:
+        """The product of values with others, x, from that of numbers that are each so much more than n - bias (the
+        default: the quants)."""
+        if self.plain:
             return total
-        y = (total - sum_of_x * self.excess) * self.scale
+        excess = self.bias + (1 << self.bits) if excess is None else excess
+        y = (total - sum_of_x * float(excess) if excess else total) * self.scale
         return y if self.offset is None else y + sum_of_x * self.offset
 
     def values(self) -> list[UOp]:
         """The values, each by itself."""
-        if not self.bits:
-            return self.quants
-        values = [(q - self.excess) * self.scale for q in self.quants]
-        return values if self.offset is None else [value + self.offset for value in values]
+        return self.plain or [self.scaled(q, UOp.const(1.0)) for q in self.quants]
 
 
 @dataclass(frozen=True)
@@ -138,32 +168,21 @@ class Layout:
         return rows * columns // self.block * self.size
 
 
-def _fours(words: UOp, row: UOp, i: UOp, bits: int) -> list[UOp]:
-    """The low 4 bits of an octet's quants, where they belong in the mantissa of a quant of so many bits."""
+def _fours(words: UOp, row: UOp, i: UOp) -> list[list[Field]]:
+    """The low 4 bits of an octet's quants."""
     word = load(words, row, i)
-    return [moved(word, 4 * k, 4, TOP - bits) for k in range(OCTET)]
+    return [[Field(word, 4 * k, 4)] for k in range(OCTET)]
 
 
 def _octet4(words: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:
-    return Octet([above(4, q) for q in _fours(words, row, i, 4)], 4, bias, scale, offset)
-
-
-def in_pairs(words: UOp, row: UOp, i: UOp, octet: Octet) -> Octet:
-    """An octet of four bits with its quants moved two at a time, half as many shifts: of neighbours, the first ends up
-    four places lower in its mantissa, and so comes as 2^8 + n."""
-    word, quants = load(words, row, i), []
-    for k in range(0, OCTET, 2):
-        up = TOP - 8 - 4 * k
-        pair = word << up if up > 0 else word >> -up
-        quants += [above(8, pair & (15 << TOP - 8)), above(4, pair & (15 << TOP - 4))]
-    return replace(octet, quants=quants, lifted=4)
+    return Octet(_fours(words, row, i), 4, bias, scale, offset)
 
 
 def _octet5(words: UOp, high: UOp, row: UOp, i: UOp, bias: int, scale: UOp, offset: UOp | None = None) -> Octet:
     """Four bits of each quant from `words`, the fifth from `high`, where 32 values share a word."""
     fifth = load(high, row, i // 4) >> ((i % 4) * OCTET).cast(dtypes.uint32)
-    return Octet([above(5, low | moved(fifth, k, 1, TOP - 1)) for k, low in enumerate(_fours(words, row, i, 5))],
-                 5, bias, scale, offset)
+    fields = [[*low, Field(fifth, k, 1, 4)] for k, low in enumerate(_fours(words, row, i))]
+    return Octet(fields, 5, bias, scale, offset)
 
 
 def _pair(halves: UOp, row: UOp, i: UOp) -> tuple[UOp, UOp]:
@@ -188,18 +207,18 @@ def _q6_octet(words: UOp, high: UOp, scales: UOp, heads: UOp, row: UOp, i: UOp) 
     pairs = load(high, row, i // 2) >> ((i % 2) * 16).cast(dtypes.uint32)
     byte = (load(scales, row, i // 8) >> (((i // 2) % 4) * 8).cast(dtypes.uint32)) & 255
     scale = half_to_float(load(heads, row, i // 32)) * ((byte ^ 128).cast(dtypes.float32) - 128)
-    return Octet([above(6, low | moved(pairs, 2 * k, 2, TOP - 2)) for k, low in enumerate(_fours(words, row, i, 6))],
-                 6, 32, scale)
+    fields = [[*low, Field(pairs, 2 * k, 2, 4)] for k, low in enumerate(_fours(words, row, i))]
+    return Octet(fields, 6, 32, scale)
 
 
 def _q8_octet(words: UOp, scales: UOp, row: UOp, i: UOp) -> Octet:
     pair = load(words, row, i * 2), load(words, row, i * 2 + 1)
-    return Octet([above(8, moved(word, 8 * k, 8, TOP - 8)) for word in pair for k in range(4)], 8, 128,
+    return Octet([[Field(word, 8 * k, 8)] for word in pair for k in range(4)], 8, 128,
                  half_to_float(load(scales, row, i // 4)))
 
 
 def _plain_octet(widen: Callable[[UOp], UOp]) -> Callable[..., Octet]:
-    return lambda values, row, i: Octet([widen(load(values, row, i * OCTET + k)) for k in range(OCTET)])
+    return lambda values, row, i: Octet([], plain=[widen(load(values, row, i * OCTET + k)) for k in range(OCTET)])
 
 
 def _k_split(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import mean_of_threads
-from minillama.kernels.product import added, counter, result
+from minillama.kernels.product import result
+from minillama.kernels.sums import added, counter
 
 THREADS = 128
 

@@ -7,37 +7,26 @@ expert that sees every token, `mixed` the chosen experts' second half, added up.
 from collections.abc import Callable
 
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+from tinygrad.uop.ops import UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.layouts import OCTET, Layout, in_pairs
+from minillama.kernels.block import const
+from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.packed import Packed
+from minillama.kernels.sums import Rows
 
 
 def dot(layout: Layout, arrays: tuple[UOp, ...], row: UOp, first: UOp, step: int,
-        value: Callable[[UOp, int], UOp], pairs: bool = False) -> UOp:
+        value: Callable[[UOp, int], UOp], in_place: bool = False) -> UOp:
     """What the `step` octets from number `first` on add to the product of a row with a vector: an expression.
 
-    `value(i, k)` is the vector's value at place k of octet i. `pairs`: quants of four bits are moved two at a time.
+    `value(i, k)` is the vector's value at place k of octet i; `in_place`: see `Octet.times`.
     """
     total = None
     for i in (first + j for j in range(step)):
-        octet = layout.octet(*arrays, row, i)
-        octet = in_pairs(arrays[0], row, i, octet) if pairs and octet.bits == 4 else octet
-        part = octet.times([value(i, k) for k in range(OCTET)])
+        part = layout.octet(*arrays, row, i).times([value(i, k) for k in range(OCTET)], in_place)
         total = part if total is None else total + part
     return total
-
-
-def counter(size: int, number: int) -> UOp:
-    """What a sum runs over, 0 .. size - 1; the optimizer wants no loop of one."""
-    return UOp.range(size, number, AxisType.REDUCE) if size > 1 else UOp.const(0, dtypes.weakint)
-
-
-def added(x: UOp, *over: UOp) -> UOp:
-    """The sum of an expression over counters."""
-    over = [i for i in over if i.op is Ops.RANGE]
-    return x.reduce(*over, arg=Ops.ADD) if over else x
 
 
 def number(x: UOp, below: int = 0) -> UOp:
@@ -47,6 +36,17 @@ def number(x: UOp, below: int = 0) -> UOp:
     if below:
         value = value & (below - 1) if below & (below - 1) == 0 else value.maximum(0).minimum(below - 1)
     return value.cast(dtypes.weakint)
+
+
+def vector(x: UOp, *index: UOp) -> Callable[[UOp, int], UOp]:
+    """The values of a vector in a kernel, by octet and place in it."""
+    return lambda i, k: x.index(*index, i * OCTET + k).load()
+
+
+def sums_along(weight: Packed, tokens: int, rows: int = 0, **more: int) -> Rows:
+    """Sums along the rows of a matrix, or of `rows` of them."""
+    octets, rows = weight.columns // OCTET, rows or weight.rows
+    return Rows(weight.device, rows, octets, tokens, tuning.product(weight.device, rows, octets, tokens, **more))
 
 
 Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
@@ -69,18 +69,17 @@ def linear_twin(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Te
 def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
     """As `linear_twin`. A bundle of threads computes some rows for all tokens: it reads their packed bytes once, x
     from the cache once for all of its rows, and writes one value a row and token."""
-    tokens, octets, rows = x.shape[0], weight.columns // OCTET, weight.rows
-    (step, opts), pairs = tuning.product(x.device, rows, octets, tokens), tuning.moves_pairs(x.device)
-    extra = [] if residual is None else [residual]
+    work, extra = sums_along(weight, x.shape[0]), [] if residual is None else [residual]
+    in_place = tuning.multiplies_subnormals(x.device)
 
     def kernel(out: UOp, x: UOp, *buffers: UOp) -> UOp:
-        row, token, i = UOp.range(rows, 0), UOp.range(tokens, 1), counter(octets // step, 2)
-        y = added(dot(weight.layout, buffers[len(extra):], row, i * step, step,
-                      lambda i, k: x.index(token, i * OCTET + k).load(), pairs), i)
-        y = y + buffers[0].index(token, row).load() if extra else y
-        return out.index(token, row).store(y).end(row, token).sink(
-            arg=KernelInfo(f"linear_{weight.format}_{tokens}_{rows}_{weight.columns}", opts_to_apply=opts))
-    return result(tokens, rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=kernel)[0]
+        def part(row: UOp, token: UOp, i: UOp, _: UOp) -> UOp:
+            return dot(weight.layout, buffers[len(extra):], row, i, work.cut.step, vector(x, token), in_place)
+        found = work.sums(part)
+        y = found.totals[0] + (buffers[0].index(found.token, found.row).load() if extra else 0)
+        return found.end(f"linear_{weight.format}_{work.tokens}_{weight.rows}_{weight.columns}",
+                         out.index(found.token, found.place).store(y))
+    return result(x.shape[0], weight.rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=kernel)[0]
 
 
 # ---- experts ------------------------------------------------------------------------------------------------------
@@ -101,26 +100,24 @@ def gated(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor, logit
     computes some rows of gate and up at once: it reads both packed, and x from the cache once for all of them.
     `logits`: `share` is still what shares are the softmax of, the largest first."""
     (tokens, used), (_, width, hidden) = ids.shape, gate.shape
-    octets = hidden // OCTET
-    step, opts = tuning.product(x.device, width, octets, 1, matrices=2, times=tokens * used)
-    split, pairs = len(gate.arrays), tuning.moves_pairs(x.device)
+    work = sums_along(gate, 1, rows=width, matrices=2, times=tokens * used)
+    split, in_place = len(gate.arrays), tuning.multiplies_subnormals(x.device)
 
     def kernel(out: UOp, x: UOp, ids: UOp, share: UOp, *arrays: UOp) -> UOp:
-        row, token, place = UOp.range(width, 0), UOp.range(tokens, 1), UOp.range(used, 2)
-        i = counter(octets // step, 3)
-        at = number(ids.index(token, place), gate.shape[0]) * width + row
+        token, place = UOp.range(tokens, 5), UOp.range(used, 6)
+        first = number(ids.index(token, place), gate.shape[0]) * width
 
-        def value(i: UOp, k: int) -> UOp:
-            return x.index(token, i * OCTET + k).load()
-        g, u = (added(dot(weight.layout, mine, at, i * step, step, value, pairs), i)
-                for weight, mine in ((gate, arrays[:split]), (up, arrays[split:])))
+        def part(weight: Packed, mine: tuple[UOp, ...]):
+            return lambda row, _, i, __: dot(weight.layout, mine, first + row, i, work.cut.step, vector(x, token),
+                                             in_place)
+        found = work.sums(part(gate, arrays[:split]), part(up, arrays[split:]))
         mine = share.index(token, place).load()
         if logits:
-            most, *_ = every = [share.index(token, UOp.const(n, dtypes.weakint)).load() for n in range(used)]
+            most, *_ = every = [share.index(token, const(n)).load() for n in range(used)]
             mine = (mine - most).exp() / sum((one - most).exp() for one in every)
-        y = g.silu() * u * mine
-        return out.index(token, place, row).store(y).end(row, token, place).sink(
-            arg=KernelInfo(f"gated_{gate.format}_{up.format}_{tokens}_{used}_{width}_{hidden}", opts_to_apply=opts))
+        g, u = found.totals
+        return found.end(f"gated_{gate.format}_{up.format}_{tokens}_{used}_{width}_{hidden}",
+                         out.index(token, place, found.place).store(g.silu() * u * mine), over=(token, place))
     return result(tokens, used, width, like=x).custom_kernel(x, ids, share, *gate.arrays, *up.arrays, fxn=kernel)[0]
 
 
@@ -135,27 +132,27 @@ def shared_gated_twin(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Ten
 def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, router: Packed | None = None) -> list[Tensor]:
     """As `shared_gated_twin`; every bundle of threads computes the token's share anew, one row more among its own.
     Where the `router` (rows of gate, hidden) has a row for each of gate's, x times that, too: (tokens, rows)."""
-    (tokens, hidden), width = x.shape, gate.rows
-    octets, routing = hidden // OCTET, [] if router is None else list(router.arrays)
+    (tokens, hidden), routing = x.shape, [] if router is None else list(router.arrays)
     split, both = len(gate.arrays), len(gate.arrays) + len(up.arrays)
-    (step, opts), pairs = tuning.product(x.device, width, octets, tokens, matrices=2), tuning.moves_pairs(x.device)
-    outs = [result(tokens, width, like=x) for _ in range(1 + len(routing))]
+    work, in_place = sums_along(gate, tokens, matrices=2), tuning.multiplies_subnormals(x.device)
+    outs = [result(tokens, gate.rows, like=x) for _ in range(1 + len(routing))]
 
     def kernel(*given: UOp) -> UOp:
-        (x, share, *arrays), logits = given[len(outs):], given[1:len(outs)]
-        row, token, i = UOp.range(width, 0), UOp.range(tokens, 1), counter(octets // step, 2)
+        (x, share, *arrays), step = given[len(outs):], work.cut.step
 
-        def value(i: UOp, k: int) -> UOp:
-            return x.index(token, i * OCTET + k).load()
-        parts = (gate, arrays[:split]), (up, arrays[split:both]), (router, arrays[both:])
-        g, u, *rest = (added(dot(weight.layout, mine, row, i * step, step, value, pairs), i)
-                       for weight, mine in parts[:2 + len(logits)])
-        s = added(sum(share.index((i * step + j) * OCTET + k).load() * value(i * step + j, k)
-                      for j in range(step) for k in range(OCTET)), i)
-        stores = [out.index(token, row).store(y)
+        def part(weight: Packed, mine: tuple[UOp, ...]):
+            return lambda row, token, i, _: dot(weight.layout, mine, row, i, step, vector(x, token), in_place)
+
+        def of_share(_: UOp, token: UOp, i: UOp, __: UOp) -> UOp:
+            return sum(share.index((i + j) * OCTET + k).load() * vector(x, token)(i + j, k)
+                       for j in range(step) for k in range(OCTET))
+        weights = (gate, arrays[:split]), (up, arrays[split:both]), (router, arrays[both:])
+        found = work.sums(*(part(*weight) for weight in weights[:1 + len(outs)]), of_share)
+        g, u, *rest, s = found.totals
+        stores = [out.index(found.token, found.place).store(y)
                   for out, y in zip(given, [g.silu() * u * s.sigmoid(), *rest], strict=False)]
-        name = f"{'routed_' if rest else ''}shared_{gate.format}_{up.format}_{tokens}_{width}_{hidden}"
-        return UOp.group(*stores).end(row, token).sink(arg=KernelInfo(name, opts_to_apply=opts))
+        return found.end(f"{'routed_' if rest else ''}shared_{gate.format}_{up.format}_{tokens}_{gate.rows}_{hidden}",
+                         *stores)
     return outs[0].custom_kernel(*outs[1:], x, share, *gate.arrays, *up.arrays, *routing, fxn=kernel)[:len(outs)]
 
 
@@ -172,28 +169,26 @@ def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = N
           shared: tuple[Tensor, Packed] | None = None) -> Tensor:
     """As `mixed_twin`: a bundle of threads goes through the same rows of all chosen experts, and writes their sum.
     `shared`: a vector (tokens, width) and a matrix (hidden, width) whose product is added. (Only where the sum over
-    experts is `tuning.written_out`.) Quants are not moved in pairs: the compiler then had fewer loads under way, and
-    an H200 took 7.5 µs instead of 5.6."""
+    experts is `tuning.written_out`.)"""
     (tokens, used, width), hidden = routed.shape, down.shape[1]
-    octets = width // OCTET
-    step, opts = tuning.product(routed.device, hidden, octets, 1, outer=used)
-    every, extra = octets // step, [] if residual is None else [residual]
+    work = sums_along(down, 1, rows=hidden, outer=used)
+    in_place, extra = tuning.multiplies_subnormals(routed.device), [] if residual is None else [residual]
     last = [] if shared is None else [shared[0], *shared[1].arrays]
 
     def kernel(out: UOp, routed: UOp, ids: UOp, *buffers: UOp) -> UOp:
-        row, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
-        place, i = counter(used, 2), counter(every, 3)
-        at = number(ids.index(token, place), down.shape[0]) * hidden + row
+        token, step = UOp.range(tokens, 5), work.cut.step
         arrays = buffers[len(extra):]
-        y = dot(down.layout, arrays[:len(down.arrays)], at, i * step, step,
-                lambda i, k: routed.index(token, place, i * OCTET + k).load())
-        y = added(y, place, i)
-        if last:
-            vector, *matrix = arrays[len(down.arrays):]
-            y = y + added(dot(shared[1].layout, tuple(matrix), row, i * step, step,
-                              lambda i, k: vector.index(token, i * OCTET + k).load()), i)
-        y = y + buffers[0].index(token, row).load() if extra else y
-        return out.index(token, row).store(y).end(row, token).sink(
-            arg=KernelInfo(f"mixed_{down.format}_{tokens}_{used}_{width}_{hidden}", opts_to_apply=opts))
+
+        def part(row: UOp, _: UOp, i: UOp, place: UOp) -> UOp:
+            at = number(ids.index(token, place), down.shape[0]) * hidden + row
+            return dot(down.layout, arrays[:len(down.arrays)], at, i, step, vector(routed, token, place), in_place)
+
+        def once(row: UOp, _: UOp, i: UOp, __: UOp) -> UOp:
+            x, *matrix = arrays[len(down.arrays):]
+            return dot(shared[1].layout, tuple(matrix), row, i, step, vector(x, token), in_place)
+        found = work.sums(part, outer=used, once=once if last else None)
+        y = found.totals[0] + (buffers[0].index(token, found.row).load() if extra else 0)
+        return found.end(f"mixed_{down.format}_{tokens}_{used}_{width}_{hidden}",
+                         out.index(token, found.place).store(y), over=(token,))
     return result(tokens, hidden, like=routed).custom_kernel(
         routed, ids, *extra, *down.arrays, *last, fxn=kernel)[0]

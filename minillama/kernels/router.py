@@ -8,7 +8,7 @@ from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import const
-from minillama.kernels.product import added, counter
+from minillama.kernels.sums import added, counter
 
 
 def route_twin(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:

@@ -53,36 +53,57 @@ def written_out(device: str, terms: int) -> bool:
     return spread_for(device).lanes > 1 and terms <= 16
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut: octets a step; without lanes the optimizer's options; else lanes a bundle, rows that each
+    bundle does at once, bundles a thread block, and steps that a lane takes at once, written out."""
+    step: int
+    opts: tuple[Opt, ...] = ()
+    lanes: int = 1
+    each: int = 1
+    groups: int = 1
+    turns: int = 1
+
+
 def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, times: int = 1,
-            outer: int = 1) -> tuple[int, tuple[Opt, ...]]:
-    """Octets a step and the optimizer's options for rows (axis 0) × tokens (axis 1), reduced over the steps of so many
-    octets, inside a sum over `outer` terms; `times` over, for so many experts. Several `matrices` that are read at
-    once leave a thread fewer rows of each.
+            outer: int = 1) -> Cut:
+    """The cut for so many rows and tokens, in a sum over `outer` terms; `times` over, for so many experts. Several
+    `matrices` that are read at once leave a bundle fewer rows of each.
 
     Lanes do little work on much data: what one will read is asked for all at once, in loops written out, or it would
-    wait for the memory once a turn (an H200: 11 -> 5 µs for the sum over ten experts).
+    wait for the memory once a turn. (Measured on an H200.)
     """
     spread = spread_for(device)
-    step, most = spread.step, max(1, spread.rows // matrices // (1 if tokens <= 2 else 2))
-    lanes, groups = spread.lanes, spread.groups
-    if lanes > 1:               # few rows in all: rather more threads than more rows in each (on an H100)
-        many, some = rows * times >= 8192, rows * times >= 2048
-        step = 1 if many and tokens > 1 else step           # what a step loads of all tokens must fit into registers
-        most = spread.rows // matrices if many or some and tokens > 2 else 2 if some else 1
-        if outer > 1 or not some and tokens <= 2:           # two warps a row (on an H200)
-            step, lanes, groups = 1, 2 * lanes, groups // 2 if some else 1
-    step, each = fitting(step, octets), fitting(most, rows)
-    lanes, groups = fitting(lanes, octets // step), fitting(groups, rows // each)
-    opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
-    if lanes > 1:
-        turns, written = octets // step // lanes, outer > 1 and written_out(device, outer)
-        opts += [Opt(OptOps.UNROLL, 0, 0)] if written else []
-        opts += [Opt(OptOps.GROUP, int(outer > 1 and not written), lanes)]
-        at_once = fitting(WRITTEN // tokens, turns) if tokens <= 2 and (outer == 1 or written) else 1
-        opts += [Opt(OptOps.UNROLL, 1, at_once)] if at_once > 1 else []
-    opts += [Opt(OptOps.LOCAL, 0, groups)] if groups > 1 else []
-    opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
-    return step, tuple(opts)
+    if spread.lanes == 1:
+        each = fitting(max(1, spread.rows // matrices // (1 if tokens <= 2 else 2)), rows)
+        opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
+        opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
+        return Cut(fitting(spread.step, octets), tuple(opts))
+    many, some = rows * times >= 8192, rows * times >= 2048
+    step, lanes, each = spread.step, spread.lanes, spread.rows
+    if outer > 1:
+        step, lanes, each = 1, 2 * lanes, 2
+    elif tokens > 2:
+        step, each = 1 if many else step, each // matrices if some else 1
+    elif some:                                          # two steps a lane
+        lanes = min(4 * lanes, max(lanes, octets // step // 2))
+        each = 2 * each if many and tokens == 1 and matrices == 1 else each
+    else:                                               # few rows: rather more threads than more rows in each
+        step, lanes, each = 1, 2 * lanes, 1
+    step = fitting(step, octets)
+    lanes = fitting(lanes, octets // step)
+    each = fitting(max(1, min(each, lanes // tokens)), rows)    # a lane goes on with one row and token at most
+    turns, threads = octets // step // lanes, spread.lanes * spread.groups if some else 2 * spread.lanes
+    at_once = fitting(WRITTEN // tokens, turns) if tokens <= 2 and written_out(device, outer) else 1
+    return Cut(step, (), lanes, each, fitting(max(1, threads // lanes), rows // each), at_once)
+
+
+def choose_launches(device: str | None, early: bool) -> None:
+    """Whether kernels of graphs that are captured on a device from now on start before the one before them has ended:
+    where that can be (`overlap`). Elsewhere nothing happens."""
+    if backend(device or Device.DEFAULT) == "CUDA":
+        from minillama.kernels import overlap  # which needs CUDA's driver
+        overlap.choose(device or Device.DEFAULT, early)
 
 
 def shares_memory(device: str) -> bool:
@@ -98,10 +119,10 @@ def widens_halves(device: str) -> bool:
     return backend(device) == "CUDA"
 
 
-def moves_pairs(device: str) -> bool:
-    """Whether quants of four bits are moved two at a time: fewer shifts, and four bits less of every product. (An
-    H200 gained 4 to 14 %; a CPU is not tried.)"""
-    return shares_memory(device)
+def multiplies_subnormals(device: str) -> bool:
+    """Whether a device multiplies subnormal numbers, and as fast as others: then quants need not be moved. (Of those
+    tried a CPU is slow with them; Metal's compiler may take them for zero.)"""
+    return backend(device) == "CUDA"
 
 
 def columns(device: str, axis: int, size: int) -> tuple[Opt, ...] | None:

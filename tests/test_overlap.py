@@ -1,0 +1,107 @@
+"""Kernels that start before the one before them has ended: what they may read before they wait. (CUDA's, rendered.)"""
+import re
+from types import SimpleNamespace
+
+import pytest
+from tinygrad import Tensor, dtypes
+from tinygrad.device import Buffer
+from tinygrad.uop.ops import Ops
+
+from minillama.kernels import overlap, product
+from minillama.kernels.layouts import LAYOUTS
+from minillama.kernels.packed import Packed
+from minillama.kernels.rendering import sources
+
+X, IDS, SHARE = 1, 2, 3         # arguments of `product.gated`, behind its result
+
+
+def packed(format: str, *shape: int) -> Packed:
+    rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+    parts = LAYOUTS[format].parts
+    return Packed(format, shape, tuple(Tensor.empty(*part.shape(rows, shape[-1]), dtype=part.on("CUDA"), device="CUDA")
+                                       for part in parts))
+
+
+def empty(*shape: int, dtype=dtypes.float32) -> Tensor:
+    return Tensor.empty(*shape, dtype=dtype, device="CUDA")
+
+
+def product_source() -> str:
+    return sources(product.linear(empty(1, 2048), packed("Q4_0", 4096, 2048)))[0]
+
+
+def gated_source() -> str:
+    weights = packed("Q4_0", 16, 512, 2048), packed("Q4_0", 16, 512, 2048)
+    return sources(product.gated(empty(1, 2048), *weights, empty(1, 4, dtype=dtypes.int32), empty(1, 4)))[0]
+
+
+def parts_of(source: str) -> tuple[list[str], list[str]]:
+    """The lines before the wait and those behind it."""
+    before, behind = source.split(overlap.WAIT)
+    return before.split("{\n", 2)[-1].split("\n")[:-1], behind.split("\n")
+
+
+def reads(lines: list[str], argument: int) -> int:
+    return sum(len(re.findall(rf"\bdata{argument}_", line)) for line in lines)
+
+
+@pytest.mark.parametrize(("source", "fresh", "early"), (
+    (product_source, {1}, {2, 3}), (gated_source, {IDS, SHARE}, {4, 5, 6, 7}), (gated_source, {X}, {4, 5, 6, 7})))
+def test_a_kernel_with_the_wait_in_it_has_the_same_lines_and_each_in_reach_of_what_it_uses(source, fresh, early):
+    source = source()
+    made = overlap.waiting(source, frozenset(fresh), frozenset(early))
+    assert sorted(made.split("\n")) == sorted([*source.split("\n"), overlap.WAIT])
+    known = set()
+    names = set(re.findall(r"\b(?:val|alu|cast|[gl]idx)\d+\b", made))
+    for line in made[made.index(") {\n"):].split("\n"):
+        declared = re.match(r"\s*(?:for \()?[\w ]+ (\w+) = ", line)
+        used = set(re.findall(r"\b\w+\b", line.split(" = ", 1)[-1])) & names
+        assert used <= known, line
+        known |= {declared[1]} if declared else set()
+
+
+def test_weights_are_read_before_the_wait_and_what_is_fresh_behind_it():
+    first, rest = parts_of(overlap.waiting(product_source(), frozenset({1}), frozenset({2, 3})))
+    assert reads(first, 2) and reads(first, 3) and not reads(first, 1) and not reads(first, 0)
+    assert reads(rest, 1) and reads(rest, 0) and not reads(rest, 2)
+
+
+def test_what_is_found_by_a_fresh_number_is_not_read_early():
+    """Weights of an expert that the kernel before has just chosen; but those of one that was chosen earlier are."""
+    early = frozenset({4, 5, 6, 7})
+    first, _ = parts_of(overlap.waiting(gated_source(), frozenset({IDS, SHARE}), early))
+    assert first == []
+    first, rest = parts_of(overlap.waiting(gated_source(), frozenset({X}), early))
+    assert reads(first, 4) and reads(first, IDS) and not reads(first, X) and reads(rest, X)
+
+
+def test_blocks_that_can_have_registers_in_plenty_are_promised_them():
+    source = product_source()
+    bound = int(overlap.BOUNDS.search(source)[1])
+    few, many = (overlap.waiting(source, frozenset({1}), frozenset(), share) for share in (2, 64))
+    assert f"__launch_bounds__({bound}, 2)" in few and f"__launch_bounds__({bound})" in many
+
+
+def buffer(nbytes: int, base: Buffer | None = None, offset: int = 0) -> Buffer:
+    return Buffer("CPU", nbytes, dtypes.uint8, base=base, offset=offset)
+
+
+def call(*buffers: Buffer, outs: tuple[int, ...] = (0,), blocks: int = 8):
+    return 0, SimpleNamespace(op=Ops.PROGRAM, arg=SimpleNamespace(outs=outs, global_size=(blocks, 1, 1))), buffers, {}
+
+
+def test_buffers_touch_where_they_share_a_cache_line():
+    arena = buffer(4096)
+    a, near, far = buffer(100, arena), buffer(28, arena, 100), buffer(100, arena, 128)
+    assert overlap.touches(a, near) and overlap.touches(near, a) and overlap.touches(a, a)
+    assert not overlap.touches(a, far) and not overlap.touches(a, buffer(100))
+
+
+def test_a_call_reads_early_what_no_recent_call_wrote():
+    weight, x, y, z, w = (buffer(256) for _ in range(5))
+    calls = [call(x, w), call(y, x, weight), call(z, y, x, weight)]
+    assert overlap.written_by(calls[1:2], calls[2]) == {1}
+    assert overlap.early_reads(calls, 2) == {0, 3}          # not x, which lies in the cache; z is its own
+    assert overlap.early_reads([*calls[:2], call(z, y, x, weight, blocks=overlap.BLOCKS + 1)], 2) == frozenset()
+    old = [calls[0], *(call(z, w) for _ in range(overlap.RECENT)), call(y, x)]
+    assert 1 in overlap.early_reads(old, len(old) - 1)
