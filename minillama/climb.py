@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter_ns
@@ -123,19 +123,20 @@ def in_own_process(file: str, name: str, recipe: Recipe, repeats: int, grid: boo
     return [Row(**row | {"clocks": ClockTimes(**row["clocks"]), "counts": Counts(**row["counts"])}) for row in rows]
 
 
-def climb(file: str, kind: str, repeats: int, report: Callable[[str], None]) -> Result:
-    """Measure all recipes there and back; samples of both passes together, clocks and counts of the second."""
+def climb(file: str, kind: str, repeats: int, report: Callable[[str], None]) -> Iterator[Result]:
+    """Measure all recipes there and back. Yields what one pass has found, in case the other does not come to its end,
+    and then both together: their samples, clocks and counts of the second."""
     found: dict[str, Row] = {}
-    order = list(recipes(kind).items())
+    order, opened = list(recipes(kind).items()), GGUF(file)
+    config = ModelConfig.from_gguf(opened)
+    model = Model(config.name, file_format(opened), config.layers)
     for turn in (order, order[::-1]):
         for name, recipe in turn:
             report(name)
             for row in in_own_process(file, name, recipe, repeats, kind == "copies"):
                 before = found[row.name].samples_ns if row.name in found else []
                 found[row.name] = replace(row, samples_ns=before + row.samples_ns)
-    opened = GGUF(file)
-    config = ModelConfig.from_gguf(opened)
-    return Result.here(kind, Model(config.name, file_format(opened), config.layers), list(found.values()))
+        yield Result.here(kind, model, list(found.values()))
 
 
 def table(result: Result) -> str:
@@ -154,9 +155,9 @@ def table(result: Result) -> str:
 
 def ladder(args: Namespace) -> None:
     """The command `ladder`."""
-    result = climb(args.model or str(SHIPPED), args.kind, args.repeats,
-                   lambda name: print(name, file=sys.stderr, flush=True))
-    path = write_result(result, local=not args.store)
+    for result in climb(args.model or str(SHIPPED), args.kind, args.repeats,
+                        lambda name: print(name, file=sys.stderr, flush=True)):
+        path = write_result(result, local=not args.store)
     if args.output:
         Path(args.output).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     print(table(read_result(path)))

@@ -31,9 +31,10 @@ class Recipe:
     A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts and
     two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
     functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one;
-    an `experts` function that cannot read `Packed` weights goes with weights="float". `launches="early"` lets kernels
-    overlap where a GPU can (`kernels.overlap`); elsewhere it changes nothing. `draft`: tokens that the MTP block
-    guesses before the model looks at them, at most; with any, `mtp_prefill` says what runs for prompts.
+    an `experts` function that cannot read `Packed` weights goes with weights="float".
+    `launches="early"` lets a few tokens' kernels overlap where a GPU can (`kernels.overlap`); elsewhere it changes
+    nothing. `draft`: tokens that the MTP block guesses before the model looks at them, at most; with any,
+    `mtp_prefill` says what runs for prompts.
     """
     delta: str | Callable = "fused"
     experts: str | Callable = "grouped"

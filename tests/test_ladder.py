@@ -30,6 +30,7 @@ EXPECTED = {
     "fused-delta": (177, 3),
     "packed": (122, 1),
     "grouped": (122, 1),
+    "overlapped": (122, 1),
     "draft": (148, 6),
     "mtp-hidden": (148, 6),
     "mtp-kv": (132, 5),

@@ -78,16 +78,25 @@ def test_what_is_found_by_a_fresh_number_is_not_read_early():
 def test_blocks_that_can_have_registers_in_plenty_are_promised_them():
     source = product_source()
     bound = int(overlap.BOUNDS.search(source)[1])
-    few, many = (overlap.waiting(source, frozenset({1}), frozenset(), share) for share in (2, 64))
+    few, many = (overlap.waiting(source, frozenset({1}), frozenset({2, 3}), share) for share in (2, 64))
     assert f"__launch_bounds__({bound}, 2)" in few and f"__launch_bounds__({bound})" in many
+
+
+def test_many_reads_that_others_look_up_are_left_where_they_are():
+    """The sum over experts: with one scale a block it reads early, with a K format's scales it would read too much."""
+    for format, reads_early in (("Q4_0", True), ("Q4_K", False)):
+        down, used = packed(format, 16, 512, 512), 10
+        source = sources(product.mixed(empty(1, used, 512), down, empty(1, used, dtype=dtypes.int32)))[0]
+        first, _ = parts_of(overlap.waiting(source, frozenset({1}), frozenset(range(3, 3 + len(down.arrays)))))
+        assert bool(first) == reads_early
 
 
 def buffer(nbytes: int, base: Buffer | None = None, offset: int = 0) -> Buffer:
     return Buffer("CPU", nbytes, dtypes.uint8, base=base, offset=offset)
 
 
-def call(*buffers: Buffer, outs: tuple[int, ...] = (0,), blocks: int = 8):
-    return 0, SimpleNamespace(op=Ops.PROGRAM, arg=SimpleNamespace(outs=outs, global_size=(blocks, 1, 1))), buffers, {}
+def call(*buffers: Buffer, outs: tuple[int, ...] = (0,)):
+    return 0, SimpleNamespace(op=Ops.PROGRAM, arg=SimpleNamespace(outs=outs)), buffers, {}
 
 
 def test_buffers_touch_where_they_share_a_cache_line():
@@ -102,6 +111,5 @@ def test_a_call_reads_early_what_no_recent_call_wrote():
     calls = [call(x, w), call(y, x, weight), call(z, y, x, weight)]
     assert overlap.written_by(calls[1:2], calls[2]) == {1}
     assert overlap.early_reads(calls, 2) == {0, 3}          # not x, which lies in the cache; z is its own
-    assert overlap.early_reads([*calls[:2], call(z, y, x, weight, blocks=overlap.BLOCKS + 1)], 2) == frozenset()
     old = [calls[0], *(call(z, w) for _ in range(overlap.RECENT)), call(y, x)]
     assert 1 in overlap.early_reads(old, len(old) - 1)

@@ -30,7 +30,8 @@ PROGRAMMATIC = (ctypes.c_ubyte * 8)(1, 0, 1)    # a CUgraphEdgeData: from which 
 HOPPER = 90                                     # its compute capability, times ten
 LINE = 128                                      # bytes of a cache line: what one read may bring along
 RECENT = 16     # calls: what the last ones wrote lies in the cache; to read it early would only take registers
-BLOCKS = 4096   # at most, for early reads: later blocks of so many start when there is nothing left to wait for
+SHARE = 6       # blocks a multiprocessor, at most, for early reads: of more, most start when there is no wait left
+MOST = 64       # early reads where some are looked up by others (an H200: sums over experts, 10 to 22 instead of 6 µs)
 
 REGISTERS, PLENTY = 65536, 112  # of a multiprocessor; of a thread, from which on early reads fit beside the rest
 
@@ -40,16 +41,15 @@ DECLARED = re.compile(r"  [a-z]\w* (\w+) = ")   # "  float4 val3 = ...;", in the
 STRAIGHT_UNTIL = ("  *", "  if", "  for", "  __sync")
 
 
-def waiting(source: str, fresh: frozenset[int], early: frozenset[int], share: int = 0) -> str:
+def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozenset(),
+            share: int = 0) -> str:
     """A kernel's CUDA source with the wait in it. Before it come, out of the kernel's straight beginning, reads of the
-    arguments `early` (by position) whose addresses depend on none of the arguments `fresh`; after it all else.
+    arguments `early` (by position) whose addresses depend on none of the arguments `fresh`; after it all else. (Of
+    many reads whose addresses are read, too, none come before it: then later blocks wait twice, and registers spill.)
 
     `share`: blocks that a multiprocessor gets where they are spread evenly. If they can have registers in plenty, the
     compiler is told: early reads need them, but not so many that blocks are left over for a second turn.
     """
-    bounds = BOUNDS.search(source)
-    if share and REGISTERS // (share * int(bounds[1])) >= PLENTY:
-        source = source.replace(bounds[0], f"__launch_bounds__({bounds[1]}, {share})")
     signature = SIGNATURE.search(source)
     start = signature.end()
     arrays = [part.split()[-1] for part in signature[1].split(", ") if "*" in part]
@@ -69,8 +69,15 @@ def waiting(source: str, fresh: frozenset[int], early: frozenset[int], share: in
         if (n := reads.pop()) not in first:
             first.add(n)
             reads += [declared[word] for word in re.findall(r"\w+", lines[n].split("=", 1)[1]) if word in declared]
+    if len(found := [n for n in first if set(re.findall(r"\w+", lines[n])) & set(arrays)]) > MOST:
+        looked_up = {DECLARED.match(lines[n])[1] for n in found}
+        if any(looked_up & set(re.findall(r"\w+", lines[n].split("=", 1)[1])) for n in first):
+            first = set()
     rest = [line for n, line in enumerate(lines) if n not in first]
-    return source[:start] + "\n".join([*(lines[n] for n in sorted(first)), WAIT, *rest])
+    head, bounds = source[:start], BOUNDS.search(source)
+    if first and share and REGISTERS // (share * int(bounds[1])) >= PLENTY:
+        head = head.replace(bounds[0], f"__launch_bounds__({bounds[1]}, {share})")
+    return head + "\n".join([*(lines[n] for n in sorted(first)), WAIT, *rest])
 
 
 Call = tuple[int, UOp, list[Buffer], dict[str, int]]    # as tinygrad's graphs keep them
@@ -94,9 +101,8 @@ def blocks_of(program: UOp) -> int:
 
 
 def early_reads(calls: list[Call], n: int) -> frozenset[int]:
-    """The positions of call n's arguments that it reads before it waits."""
-    recent = written_by(calls[max(0, n - RECENT):n], calls[n])
-    return frozenset(range(len(calls[n][2]))) - recent if blocks_of(calls[n][1]) <= BLOCKS else frozenset()
+    """The positions of call n's arguments that are worth reading before it waits."""
+    return frozenset(range(len(calls[n][2]))) - written_by(calls[max(0, n - RECENT):n], calls[n])
 
 
 @cache
@@ -110,8 +116,9 @@ def multiprocessors(device: str) -> int:
 @cache
 def waiting_runtime(program: UOp, device: str, fresh: frozenset[int], early: frozenset[int]):
     """The program with the wait in it, compiled and loaded."""
-    share = -(-blocks_of(program) // multiprocessors(device)) if early else 0
-    lib = Device[device].compiler.compile_cached(waiting(program.src[2].arg, fresh, early, share))
+    share = -(-blocks_of(program) // multiprocessors(device))
+    few = (early, share) if share <= SHARE else ()
+    lib = Device[device].compiler.compile_cached(waiting(program.src[2].arg, fresh, *few))
     return Device[device].runtime(replace(program.to_elf(), lib=lib))
 
 

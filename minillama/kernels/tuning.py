@@ -87,6 +87,7 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
         step, each = 1 if many else step, each // matrices if some else 1
     elif some:                                          # two steps a lane
         lanes = min(4 * lanes, max(lanes, octets // step // 2))
+        step = 1 if many and tokens > 1 else step
         each = 2 * each if many and tokens == 1 and matrices == 1 else each
     else:                                               # few rows: rather more threads than more rows in each
         step, lanes, each = 1, 2 * lanes, 1
