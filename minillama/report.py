@@ -155,8 +155,8 @@ def bandwidth_section(result: Result) -> list[str]:
     early = any("nanoseconds_apart" in row.values for row in result.rows)
     return [f"How fast packed weights are read, {device_of(result)}, {result.model.name}'s shapes: GB/s for one token "
             f"and the share of what a copy reads and writes here ({copy:,.0f} GB/s; –: not measured). Each launch "
-            f"waits for the one before, as in the model{', and starts while that one ends (chapter 17)' * early}, and its "
-            f"start is in its time{launch}; each reads other weights than the one "
+            f"waits for the one before, as in the model{', and starts while that one ends (chapter 17)' * early}, and "
+            f"its start is in its time{launch}; each reads other weights than the one "
             f"before, so that no cache holds them:", bandwidth_table(result),
             "Several tokens at once (drafts), microseconds a launch; experts are others for every token:",
             tokens_table(result)]
