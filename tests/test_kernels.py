@@ -5,7 +5,7 @@ from arrays import TOLERANCE, integers, numbers, off, tensor, threads_share
 from tinygrad import Tensor, dtypes
 
 from minillama.blocks import FORMATS, pack, unpack
-from minillama.kernels import groups, norm, product, ring, router, tensor_cores
+from minillama.kernels import groups, norm, product, ring, router, tensor_cores, tuning
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed, rows_of, unpacked
 
@@ -76,6 +76,14 @@ def test_a_product_equals_its_twin(format, tokens):
     assert off(product.linear(x, weight, residual), product.linear_twin(x, weight, residual)) < TOLERANCE
 
 
+@EACH
+@pytest.mark.parametrize("size", (1e-12, 1e12))
+def test_quants_multiplied_where_they_lie_give_the_same_for_small_and_large_x(format, size, monkeypatch):
+    monkeypatch.setattr(tuning, "multiplies_subnormals", lambda device: True)
+    weight, x = packed(format, 16, 256), (tensor(1, 256) * size).realize()
+    assert off(product.linear(x, weight), product.linear_twin(x, weight)) < TOLERANCE
+
+
 @SOME
 @pytest.mark.parametrize("tokens", (1, 3))
 def test_chosen_experts_equal_their_twins(format, tokens):
@@ -95,8 +103,7 @@ def test_the_shared_expert_equals_its_twin_with_halves_of_different_formats(toke
 
 @pytest.mark.parametrize(("format", "tokens"), (("Q4_0", 1), ("Q6_K", 1), ("Q4_0", 3)))
 def test_experts_in_four_kernels_equal_their_twins(format, tokens, monkeypatch):
-    threads_share(monkeypatch)      # which move quants in pairs, four bits less precisely
-    tolerance = 8 * TOLERANCE
+    threads_share(monkeypatch)
     size, experts = 256, 32
     gate, up, down = (packed(format, experts, size, size, seed=i) for i in range(3))
     router_weight, down_shared = packed("F32", experts, size), packed(format, size, size, seed=3)
@@ -104,17 +111,17 @@ def test_experts_in_four_kernels_equal_their_twins(format, tokens, monkeypatch):
     x, residual, share = tensor(tokens, size), tensor(tokens, size, seed=1), (tensor(size) / 16).realize()
     first, logits = product.shared_gated(x, gate_shared, up_shared, share, router_weight)
     Tensor.realize(first, logits)
-    assert off(logits, product.linear_twin(x, router_weight)) < tolerance
-    assert off(first, product.shared_gated_twin(x, gate_shared, up_shared, share)) < tolerance
+    assert off(logits, product.linear_twin(x, router_weight)) < TOLERANCE
+    assert off(first, product.shared_gated_twin(x, gate_shared, up_shared, share)) < TOLERANCE
     ids, best = router.choose(logits, 4)
     wanted_ids, shares = router.route_twin(logits, 4)
     assert np.array_equal(ids.realize(best).numpy(), wanted_ids.numpy())
     routed, want = product.gated(x, gate, up, ids, best, logits=True), product.gated_twin(x, gate, up, ids, shares)
-    assert off(routed, want) < tolerance
+    assert off(routed, want) < TOLERANCE
     shared = tensor(tokens, size, seed=2)
     got = product.mixed(want.contiguous(), down, ids, residual, (shared, down_shared))
     before = product.linear_twin(shared, down_shared, residual)
-    assert off(got, product.mixed_twin(want, down, ids, before)) < tolerance
+    assert off(got, product.mixed_twin(want, down, ids, before)) < TOLERANCE
 
 
 @pytest.mark.parametrize("skewed", (False, True))

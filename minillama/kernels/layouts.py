@@ -44,7 +44,7 @@ from minillama.kernels.bits import (
 )
 
 OCTET = 8
-LOWERED = 64        # products of subnormal numbers and values made large are 2^64 times too small, and far from limits
+LOWERED = 80        # products of subnormal numbers and values made large are 2^80 times too small: far from all limits
 HIGH = 12           # by which bits are moved down that lie where a float32 number has its exponent
 
 
