@@ -135,8 +135,8 @@ def measure_case(case: Case, copy: float, launches: int = LAUNCHES, repeats: int
     """Samples are nanoseconds a launch; `copy` is the copy's bandwidth, bytes a second; `early`: launches overlap
     where the device can do that."""
     once = max(len(case.calls), min(launches, GRAPH))
-    tuning.choose_launches(None, early)
-    times, replay = math.ceil(launches / once), captured(case, once)
+    with tuning.launches(None, early):
+        times, replay = math.ceil(launches / once), captured(case, once)
     timing = time_call(lambda: [replay() for _ in range(times)] and None, repeats=repeats, warmup=1)
     samples = [round(sample / (once * times)) for sample in timing.samples_ns]
     speed = case.bytes / (median(samples) * 1e-9)

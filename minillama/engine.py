@@ -146,9 +146,12 @@ class Engine:
                 run = TinyJit(run, prune=self.recipe.capture == "prune")
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
-            # a prompt's kernels are long: started early, they only got in each other's way (an H200: 14 % slower)
-            tuning.choose_launches(self.device, self.recipe.launches == "early" and key[1] <= FEW)
-        return self.steps[key](*given)
+        step = self.steps[key]
+        if getattr(step, "captured", step) is not None:
+            return step(*given)
+        # a prompt's kernels are long: started early, they only got in each other's way (an H200: 14 % slower)
+        with tuning.launches(self.device, self.recipe.launches == "early" and key[1] <= FEW):
+            return step(*given)
 
     # ---- a text ---------------------------------------------------------------------------------------------------
 

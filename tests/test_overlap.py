@@ -26,8 +26,8 @@ def empty(*shape: int, dtype=dtypes.float32) -> Tensor:
     return Tensor.empty(*shape, dtype=dtype, device="CUDA")
 
 
-def product_source() -> str:
-    return sources(product.linear(empty(1, 2048), packed("Q4_0", 4096, 2048)))[0]
+def product_source(format: str = "Q4_0") -> str:
+    return sources(product.linear(empty(1, 2048), packed(format, 4096, 2048)))[0]
 
 
 def gated_source() -> str:
@@ -50,7 +50,8 @@ def reads(lines: list[str], argument: int) -> int:
 def test_a_kernel_with_the_wait_in_it_has_the_same_lines_and_each_in_reach_of_what_it_uses(source, fresh, early):
     source = source()
     made = overlap.waiting(source, frozenset(fresh), frozenset(early))
-    assert sorted(made.split("\n")) == sorted([*source.split("\n"), overlap.WAIT])
+    lines = re.sub(r"__ldcg\((.*)\);", r"(*\1);", made).split("\n")
+    assert sorted(lines) == sorted([*source.split("\n"), overlap.WAIT])
     known = set()
     names = set(re.findall(r"\b(?:val|alu|cast|[gl]idx)\d+\b", made))
     for line in made[made.index(") {\n"):].split("\n"):
@@ -60,10 +61,12 @@ def test_a_kernel_with_the_wait_in_it_has_the_same_lines_and_each_in_reach_of_wh
         known |= {declared[1]} if declared else set()
 
 
-def test_weights_are_read_before_the_wait_and_what_is_fresh_behind_it():
-    first, rest = parts_of(overlap.waiting(product_source(), frozenset({1}), frozenset({2, 3})))
-    assert reads(first, 2) and reads(first, 3) and not reads(first, 1) and not reads(first, 0)
-    assert reads(rest, 1) and reads(rest, 0) and not reads(rest, 2)
+@pytest.mark.parametrize("format", ("Q4_0", "Q8_0", "Q6_K", "BF16", "F16"))
+def test_weights_are_read_before_the_wait_and_what_is_fresh_behind_it(format):
+    weight = range(2, 2 + len(LAYOUTS[format].parts))
+    first, rest = parts_of(overlap.waiting(product_source(format), frozenset({1}), frozenset(weight)))
+    assert all(reads(first, n) and not reads(rest, n) for n in weight) and not reads(first, 1) and not reads(first, 0)
+    assert reads(rest, 1) and reads(rest, 0)
 
 
 def test_what_is_found_by_a_fresh_number_is_not_read_early():
@@ -73,6 +76,8 @@ def test_what_is_found_by_a_fresh_number_is_not_read_early():
     assert first == []
     first, rest = parts_of(overlap.waiting(gated_source(), frozenset({X}), early))
     assert reads(first, 4) and reads(first, IDS) and not reads(first, X) and reads(rest, X)
+    numbers, = (line for line in first if reads([line], IDS))
+    assert "__ldcg(" in numbers and not any("__ldcg" in line for line in first if reads([line], 4))
 
 
 def test_blocks_that_can_have_registers_in_plenty_are_promised_them():

@@ -8,10 +8,16 @@ What is settled the graph knows: all that the kernel just before does not write.
 more, with its settled reads first, then the wait, then all else. The kernels form a chain, and each lets the next one
 start only after its own wait: when a kernel starts, all but the one just before it have ended.
 
+What a kernel before that one wrote has arrived in the memory, but PTX promises that only behind the wait. Where an
+early read's address comes from such a number (an expert that was chosen two kernels ago), the number is read from the
+second cache, which all share (`__ldcg`).
+
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.
 """
 import ctypes
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from math import prod
@@ -19,6 +25,7 @@ from math import prod
 from tinygrad import Device
 from tinygrad.device import Buffer
 from tinygrad.engine.jit import MultiGraphRunner
+from tinygrad.renderer.cstyle import CUDARenderer
 from tinygrad.runtime.autogen import cuda
 from tinygrad.runtime.graph.cuda import CUDAGraph
 from tinygrad.runtime.ops_cuda import check
@@ -37,47 +44,58 @@ REGISTERS, PLENTY = 65536, 112  # of a multiprocessor; of a thread, from which o
 
 BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SIGNATURE = re.compile(r'extern "C" __global__[^{]*? \w+\(([^{]*)\) \{\n')
-DECLARED = re.compile(r"  [a-z]\w* (\w+) = ")   # "  float4 val3 = ...;", in the straight beginning of a kernel
-STRAIGHT_UNTIL = ("  *", "  if", "  for", "  __sync")
+DECLARED = re.compile(r"  [a-z_][\w ]*? (\w+) = ")      # "  unsigned char val3 = ...;"
+ROOM = re.compile(r"  \w[\w ()]* \w+\[\d+\];")         # "  __shared__ __align__(16) float buf0[512];"
+READ = re.compile(r"(  \w+ \w+ = )\(\*(\(.*\))\);$")        # "  int4 val0 = (*((int4*)((data2_10+4))));"
 
 
-def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozenset(),
-            share: int = 0) -> str:
-    """A kernel's CUDA source with the wait in it. Before it come, out of the kernel's straight beginning, reads of the
-    arguments `early` (by position) whose addresses depend on none of the arguments `fresh`; after it all else. (Of
-    many reads whose addresses are read, too, none come before it: then later blocks wait twice, and registers spill.)
+def words(line: str) -> set[str]:
+    return set(re.findall(r"\w+", line))
+
+
+def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]) -> dict[int, str]:
+    """Of a kernel's straight beginning, by number, the lines that read arguments `early` whose addresses depend on no
+    argument `fresh`, and the lines that these addresses are made of. (Of many reads whose addresses are read, too,
+    none: then later blocks wait twice, and registers spill.)"""
+    declared, reads, tainted, first = {}, [], set(fresh), set()
+    for n, line in enumerate(lines):
+        if not (match := DECLARED.match(line)):
+            if not ROOM.match(line):
+                break
+            continue
+        declared[match[1]] = n
+        if words(line) & tainted:
+            tainted.add(match[1])
+        elif words(line) & early:
+            reads.append(n)
+    while reads:
+        if (n := reads.pop()) not in first:
+            first.add(n)
+            reads += [declared[word] for word in words(lines[n].split("=", 1)[1]) if word in declared]
+    found = [n for n in first if words(lines[n]) & arrays]
+    looked_up = {DECLARED.match(lines[n])[1] for n in found}
+    chained = any(looked_up & words(lines[n].split("=", 1)[1]) for n in first)
+    others = [n for n in found if not words(lines[n]) & early]
+    if len(found) > MOST and chained or not all(READ.match(lines[n]) for n in others):
+        return {}
+    shared = {n: READ.sub(r"\1__ldcg(\2);", lines[n]) for n in others}
+    return {n: shared.get(n, lines[n]) for n in sorted(first)}
+
+
+def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozenset(), share: int = 0) -> str:
+    """A kernel's CUDA source with the wait in it: before it reads of the arguments `early`, where no address depends
+    on the arguments `fresh` (both by position), behind it all else.
 
     `share`: blocks that a multiprocessor gets where they are spread evenly. If they can have registers in plenty, the
     compiler is told: early reads need them, but not so many that blocks are left over for a second turn.
     """
-    signature = SIGNATURE.search(source)
-    start = signature.end()
+    signature, bounds = SIGNATURE.search(source), BOUNDS.search(source)
+    head, lines = source[:signature.end()], source[signature.end():].split("\n")
     arrays = [part.split()[-1] for part in signature[1].split(", ") if "*" in part]
-    tainted, wanted = ({arrays[i] for i in which} for which in (fresh, early))
-    lines, declared, reads = source[start:].split("\n"), {}, []
-    for n, line in enumerate(lines):
-        if line.startswith(STRAIGHT_UNTIL):
-            break
-        if match := DECLARED.match(line):
-            used, declared[match[1]] = set(re.findall(r"\w+", line)), n
-            if used & tainted:
-                tainted.add(match[1])
-            elif used & wanted:
-                reads.append(n)
-    first: set[int] = set()
-    while reads:                                        # with what their addresses are made of
-        if (n := reads.pop()) not in first:
-            first.add(n)
-            reads += [declared[word] for word in re.findall(r"\w+", lines[n].split("=", 1)[1]) if word in declared]
-    if len(found := [n for n in first if set(re.findall(r"\w+", lines[n])) & set(arrays)]) > MOST:
-        looked_up = {DECLARED.match(lines[n])[1] for n in found}
-        if any(looked_up & set(re.findall(r"\w+", lines[n].split("=", 1)[1])) for n in first):
-            first = set()
-    rest = [line for n, line in enumerate(lines) if n not in first]
-    head, bounds = source[:start], BOUNDS.search(source)
+    first = hoisted(lines, set(arrays), {arrays[i] for i in fresh}, {arrays[i] for i in early})
     if first and share and REGISTERS // (share * int(bounds[1])) >= PLENTY:
         head = head.replace(bounds[0], f"__launch_bounds__({bounds[1]}, {share})")
-    return head + "\n".join([*(lines[n] for n in sorted(first)), WAIT, *rest])
+    return head + "\n".join([*first.values(), WAIT, *(line for n, line in enumerate(lines) if n not in first)])
 
 
 Call = tuple[int, UOp, list[Buffer], dict[str, int]]    # as tinygrad's graphs keep them
@@ -96,8 +114,8 @@ def written_by(others: list[Call], call: Call) -> frozenset[int]:
 
 
 def blocks_of(program: UOp) -> int:
-    """How many blocks run a kernel; of sizes that vary, 1 is counted."""
-    return prod(size if isinstance(size, int) else 1 for size in program.arg.global_size)
+    """How many blocks run a kernel, at most."""
+    return prod(int(size.vmax) if isinstance(size, UOp) else size for size in program.arg.global_size)
 
 
 def early_reads(calls: list[Call], n: int) -> frozenset[int]:
@@ -122,23 +140,17 @@ def waiting_runtime(program: UOp, device: str, fresh: frozenset[int], early: fro
     return Device[device].runtime(replace(program.to_elf(), lib=lib))
 
 
-@cache
-def driver() -> ctypes.CDLL:
-    """The driver's library: tinygrad 0.14 does not bind the one call that is needed."""
-    return ctypes.CDLL("libcuda.so.1")
-
-
 class Chain(MultiGraphRunner):
     """Stands between tinygrad's graph and its base: by then the calls are known, and no node is made yet."""
 
     def __init__(self, linear: UOp, input_uops: tuple[UOp, ...] = ()):
         super().__init__(linear, input_uops)
-        kernels = [call[1].op is Ops.PROGRAM for call in self.calls]
-        self.overlapping = [n for n in range(1, len(kernels)) if kernels[n - 1] and kernels[n]]
+        on = [call[2][0].device if call[1].op is Ops.PROGRAM else "" for call in self.calls]
+        self.overlapping = [n for n in range(1, len(on)) if on[n] and on[n] == on[n - 1]]
         for n in self.overlapping:
-            _, program, buffers, _ = call = self.calls[n]
-            fresh = written_by(self.calls[n - 1:n], call)
-            self.runtimes[n] = waiting_runtime(program, buffers[0].device, fresh, early_reads(self.calls, n))
+            given = frozenset(place for place, _ in self.uop_replace[n])        # other buffers in every replay
+            fresh = written_by(self.calls[n - 1:n], self.calls[n]) | given
+            self.runtimes[n] = waiting_runtime(self.calls[n][1], on[n], fresh, early_reads(self.calls, n) - given)
 
 
 class OverlappedGraph(CUDAGraph, Chain):
@@ -149,10 +161,10 @@ class OverlappedGraph(CUDAGraph, Chain):
         for n in self.overlapping:
             edge = ctypes.byref(self.nodes[n - 1][0]), ctypes.byref(self.nodes[n][0])
             check(cuda.cuGraphRemoveDependencies(self.graph, *edge, 1))
-            check(driver().cuGraphAddDependencies_v2(self.graph, *edge, PROGRAMMATIC, ctypes.c_size_t(1)))
-        check(cuda.cuGraphExecDestroy(self.instance))
-        self.instance = init_c_var(
+            check(cuda.dll.cuGraphAddDependencies_v2(self.graph, *edge, PROGRAMMATIC, ctypes.c_size_t(1)))
+        plain, self.instance = self.instance, init_c_var(
             cuda.CUgraphExec, lambda x: check(cuda.cuGraphInstantiate_v2(ctypes.byref(x), self.graph, None, None, 0)))
+        check(cuda.cuGraphExecDestroy(plain))
 
     def new_node(self, bufs, write):
         """After the node before it, and no other."""
@@ -160,13 +172,20 @@ class OverlappedGraph(CUDAGraph, Chain):
 
 
 def can_overlap(device: str) -> bool:
-    """Whether a CUDA device and its driver (12.3 or later) know of it."""
+    """Whether a CUDA device, its driver (12.3 or later) and its compiler, which must be CUDA's, know of it."""
     at = Device[device]
-    return (at.graph in (CUDAGraph, OverlappedGraph) and int(at.arch.removeprefix("sm_").rstrip("af")) >= HOPPER
-            and hasattr(driver(), "cuGraphAddDependencies_v2"))
+    if at.graph is not CUDAGraph or not isinstance(at.renderer, CUDARenderer):
+        return False
+    return (int(at.renderer.target.arch.removeprefix("sm_").rstrip("af")) >= HOPPER
+            and hasattr(cuda.dll, "cuGraphAddDependencies_v2"))
 
 
-def choose(device: str, early: bool) -> None:
-    """Whether kernels of graphs that are captured on this CUDA device from now on overlap, where they can."""
-    if can_overlap(device):
-        Device[device].graph = OverlappedGraph if early else CUDAGraph
+@contextmanager
+def launches(device: str, early: bool) -> Iterator[None]:
+    """Within it kernels of graphs that are captured on this CUDA device overlap, if `early` and where they can."""
+    at = Device[device]
+    before, at.graph = at.graph, OverlappedGraph if early and can_overlap(device) else at.graph
+    try:
+        yield
+    finally:
+        at.graph = before

@@ -5,6 +5,7 @@ a thread does `rows` rows at once, so that what it loads of x serves all of them
 block. CPUs have no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the
 problem gives way to the next smaller power of two that does. What is not measured says so.
 """
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,12 +100,14 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     return Cut(step, (), lanes, each, fitting(max(1, threads // lanes), rows // each), at_once)
 
 
-def choose_launches(device: str | None, early: bool) -> None:
-    """Whether kernels of graphs that are captured on a device from now on start before the one before them has ended:
-    where that can be (`overlap`). Elsewhere nothing happens."""
-    if backend(device or Device.DEFAULT) == "CUDA":
-        from minillama.kernels import overlap  # which needs CUDA's driver
-        overlap.choose(device or Device.DEFAULT, early)
+def launches(device: str | None, early: bool) -> AbstractContextManager:
+    """Within it kernels of graphs that are captured on a device start before the one before them has ended, if `early`
+    and where that can be (`overlap`)."""
+    device = device or Device.DEFAULT
+    if device.split(":")[0] != "CUDA":
+        return nullcontext()
+    from minillama.kernels import overlap  # which needs CUDA's driver
+    return overlap.launches(device, early)
 
 
 def shares_memory(device: str) -> bool:
