@@ -107,7 +107,7 @@ def can_step(device: str, config: ModelConfig) -> bool:
 
 
 def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
-                   residual: Tensor, start: int | UOp = 0) -> Tensor:
+                   residual: Tensor, start: int | UOp) -> Tensor:
     """`attention` for a few tokens, in six kernels where `can_step`, else in nine. x and residual (tokens, hidden);
     table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token, `start` the
     same as a number or variable, which only the nine need."""

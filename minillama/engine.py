@@ -147,7 +147,7 @@ class Engine:
                 run.cnt = 1         # capture at the first call: nothing in a step needs a plain run before
             self.steps[key] = run
         step = self.steps[key]
-        if getattr(step, "captured", step) is not None:
+        if getattr(step, "captured", step) is not None:         # replayed; or eager, which captures nothing
             return step(*given)
         # a prompt's kernels are long: started early, they only got in each other's way (an H200: 14 % slower)
         with tuning.launches(self.device, self.recipe.launches == "early" and key[1] <= FEW):

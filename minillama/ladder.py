@@ -95,7 +95,8 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
     ("overlapped", "17", "programmatic dependent launch, in a captured graph", {"launches": "early"}, Ledger(
         "no kernel reads what the one before it writes until that has ended", "a kernel starts, and asks for its "
         "weights, while the one before it ends", "decoding on NVIDIA's GPUs from Hopper on, where kernels are short",
-        "nowhere that was measured; on other devices nothing changes", "`launches=after`",
+        "prompts, whose kernels are long: they start one after the other; and where early reads take too many "
+        "registers: these stay where they are", "`launches=after`",
         "a kernel repeated alone overlaps with itself: measure whole tokens")),
     ("draft", "14", "#22673: the MTP block guesses, the model verifies", {"draft": 3}, Ledger(
         "a greedy text stays the same, token by token; a sampled one keeps its distribution",

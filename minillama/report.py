@@ -104,7 +104,8 @@ def bench_table(results: list[Result]) -> str:
     for result in results:
         for row in result.rows:
             beside = LLAMA_CPP.get(row.name, "–") if "H100" in result.device.name else "–"
-            lines.append([device_of(result), result.model.format, row.name, f"{speed(row):,.0f}", beside])
+            machine = device_of(result) + result.model.name.removeprefix(BENCHED).replace(" ", ", ", 1)
+            lines.append([machine, result.model.format, row.name, f"{speed(row):,.0f}", beside])
     return markdown(lines)
 
 
@@ -184,7 +185,7 @@ def results_section() -> str:
            formats_table(files)] if files else []),
         "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
         "the same kind of GPU:",
-        bench_table([result for result in benches if result.model.name == BENCHED]),
+        bench_table([result for result in benches if result.model.name in (BENCHED, f"{BENCHED} kernels apart")]),
         *(part for result in bandwidths for part in bandwidth_section(result)),
         *drafts_section(read_results("drafts", local=False), read_results("mtp", local=False))]
     ) if ladders and copies else "*No results are stored yet.*"

@@ -1,9 +1,9 @@
 """How kernels are spread over threads, by device: numbers found by measuring, apart from what the kernels compute.
 
-A row's product is cut into *steps* of some octets. On a GPU, `lanes` threads share a row and add up what each found;
-a thread does `rows` rows at once, so that what it loads of x serves all of them; `groups` such bundles make a thread
-block. CPUs have no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the
-problem gives way to the next smaller power of two that does. What is not measured says so.
+A row's product is cut into *steps* of some octets. On a GPU, `lanes` threads share `rows` rows and add up what each
+found (`sums.py`): what a thread loads of x serves all these rows; `groups` such bundles make a thread block. CPUs have
+no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the problem gives way
+to the next smaller power of two that does. What is not measured says so.
 """
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from tinygrad.codegen.opt import Opt, OptOps
 
 @dataclass(frozen=True)
 class Spread:
-    """Octets a step, lanes a row, rows a thread, bundles a thread block."""
+    """Octets a step, lanes a bundle, rows a bundle (without lanes: a thread), bundles a thread block. Where there are
+    lanes, `product` starts from these."""
     step: int
     lanes: int
     rows: int
