@@ -8,7 +8,7 @@ from minillama.config import ModelConfig
 from minillama.kernels import attention as kernels
 from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.packed import Packed
-from minillama.kernels.product import Column
+from minillama.kernels.product import Column, Normed
 from minillama.layers import FEW, columns, linear, project, rms_norm, rope
 from minillama.state import KVChain
 from minillama.weights import AttentionWeights, Weight
@@ -106,8 +106,8 @@ def can_step(device: str, config: ModelConfig) -> bool:
     return tuning.shares_memory(device) and kernels.fits(config.heads, config.kv_heads, config.head_dim)
 
 
-def attention_step(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor, cache, position: Tensor,
-                   residual: Tensor, start: int | UOp) -> Tensor:
+def attention_step(x: Tensor | Normed, w: AttentionWeights, config: ModelConfig, table: Tensor, cache,
+                   position: Tensor, residual: Tensor, start: int | UOp) -> Tensor:
     """`attention` for a few tokens, in six kernels where `can_step`, else in nine. x and residual (tokens, hidden);
     table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token, `start` the
     same as a number or variable, which only the nine need."""

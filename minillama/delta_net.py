@@ -9,6 +9,7 @@ from tinygrad import Tensor
 from minillama.config import ModelConfig
 from minillama.kernels import chunks as chunk_kernels
 from minillama.kernels import delta as kernels
+from minillama.kernels.product import Normed
 from minillama.layers import columns, l2_norm, linear, project, rms_norm
 from minillama.weights import DeltaNetWeights
 
@@ -146,7 +147,7 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     return linear(gated.reshape(*x.shape[:-1], c.value_width), w.out), past, state
 
 
-def delta_net_step(x: Tensor, w: DeltaNetWeights, config: ModelConfig, history: Tensor, memories: Tensor,
+def delta_net_step(x: Tensor | Normed, w: DeltaNetWeights, config: ModelConfig, history: Tensor, memories: Tensor,
                    position: Tensor, residual: Tensor | None = None) -> Tensor:
     """One Gated DeltaNet mixer for a few tokens, in three or four kernels, plus `residual`.
 

@@ -8,6 +8,7 @@ from tinygrad import Tensor, dtypes
 from minillama.config import ModelConfig
 from minillama.kernels import groups, product, router, tuning
 from minillama.kernels.packed import Packed, unpacked
+from minillama.kernels.product import Normed
 from minillama.layers import linear, project, swiglu
 from minillama.weights import ExpertWeights
 
@@ -88,7 +89,7 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, resi
     return y if residual is None else y + residual, every, ids
 
 
-def few_tokens(x: Tensor, w: ExpertWeights, config: ModelConfig, residual: Tensor) -> Tensor:
+def few_tokens(x: Tensor | Normed, w: ExpertWeights, config: ModelConfig, residual: Tensor) -> Tensor:
     """`experts_layer` with packed weights for a few tokens, in six kernels: the router's product, its choice, both
     expert networks' first and second halves. x, residual and result (tokens, hidden).
 
@@ -97,10 +98,11 @@ def few_tokens(x: Tensor, w: ExpertWeights, config: ModelConfig, residual: Tenso
     """
     gate, up = w.shared_inputs
     if gate.shape == w.router.shape:
-        shared, logits = product.shared_gated(x, gate, up, w.shared_gate, w.router)     # (tokens, shared_width)
+        shared, logits, *normed = product.shared_gated(x, gate, up, w.shared_gate, w.router)
     else:
-        shared, = product.shared_gated(x, gate, up, w.shared_gate)
+        shared, *normed = product.shared_gated(x, gate, up, w.shared_gate)  # (tokens, shared_width)
         logits = linear(x, w.router)                                        # (tokens, experts)
+    x = normed[0] if normed else x                                          # (tokens, hidden)
     ids, best = router.choose(logits, config.experts_used)
     routed = product.gated(x, *w.pair(), ids, best, logits=True)            # (tokens, used, width)
     if w.shared_down.shape == w.down.shape[1:] and tuning.written_out(x.device, config.experts_used):

@@ -8,7 +8,7 @@ from tinygrad import Tensor, dtypes
 
 from minillama.kernels import product, tensor_cores, tuning
 from minillama.kernels.packed import Packed, rows_of, unpacked
-from minillama.kernels.product import Column
+from minillama.kernels.product import Column, Normed
 
 FEW = 16    # tokens up to which a packed weight is unpacked inside its product; a prompt shares one unpacked copy
 
@@ -30,7 +30,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * (squares + eps).rsqrt()
 
 
-def linear(x: Tensor, weight: Tensor | Packed, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | Normed, weight: Tensor | Packed, residual: Tensor | None = None) -> Tensor:
     """x (..., columns) times weight (..., rows, columns) transposed, plus `residual`: (..., rows), float32.
 
     A 16-bit weight (training on a GPU) rounds x to its own format for the product; sums stay float32.
@@ -41,8 +41,10 @@ def linear(x: Tensor, weight: Tensor | Packed, residual: Tensor | None = None) -
     return y if residual is None else y + residual
 
 
-def packed_linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
-    """`linear` with a packed weight (rows, columns)."""
+def packed_linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = None) -> Tensor:
+    """`linear` with a packed weight (rows, columns). Where the norm of x is still to be taken, for a few tokens."""
+    if isinstance(x, Normed):
+        return product.linear(x, weight, residual)
     shape = *x.shape[:-1], weight.rows
     x = x.reshape(-1, weight.columns)                                       # (tokens, columns)
     more = None if residual is None else residual.reshape(-1, weight.rows)
@@ -61,7 +63,7 @@ def lookup(table: Tensor | Packed, ids: Tensor) -> Tensor:
     return rows_of(table, ids) if isinstance(table, Packed) else table[ids]
 
 
-def columns(x: Tensor, weights: tuple[Tensor | Packed, ...], widths: tuple[int, ...]) -> list[Column]:
+def columns(x: Tensor | Normed, weights: tuple[Tensor | Packed, ...], widths: tuple[int, ...]) -> list[Column]:
     """Several products of the same x (tokens, hidden), each a run of columns of some buffer: weights may hold the rows
     of several widths, stacked."""
     runs, places = [], iter(widths)

@@ -7,8 +7,9 @@ from tinygrad import Tensor, UOp, dtypes, function
 from minillama import attention, delta_net, first_port
 from minillama.config import ModelConfig
 from minillama.experts import experts_layer, few_tokens
-from minillama.kernels import ring
+from minillama.kernels import ring, tuning
 from minillama.kernels.norm import rms_norm as kernel_norm
+from minillama.kernels.product import Normed
 from minillama.layers import FEW, lookup, rms_norm
 from minillama.mtp import mtp_input
 from minillama.recipe import Recipe
@@ -57,8 +58,14 @@ def norm_of(recipe: Recipe) -> Callable[[Tensor, Tensor, float], Tensor]:
     return kernel_norm if recipe.weights == "packed" else rms_norm
 
 
-def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: DeltaState | DeltaRings | KVCache,
-        table: Tensor, at: Place, residual: Tensor, few: bool = False) -> Tensor:
+def taken(x: Tensor | Normed) -> Tensor:
+    """A norm that was left to kernels, taken before them."""
+    return kernel_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
+
+
+def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe,
+        part: DeltaState | DeltaRings | KVCache, table: Tensor, at: Place, residual: Tensor,
+        few: bool = False) -> Tensor:
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
     rotary angles of all positions. `few`: hand-written kernels may take over."""
     everywhere = recipe.copies == "everywhere"
@@ -66,10 +73,11 @@ def mix(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: D
         return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
     if isinstance(part, KVCache):
         module = first_port if everywhere else attention
-        return module.attention(x, w.mixer, config, at.rows(table), at.start, part, residual)
+        return module.attention(taken(x), w.mixer, config, at.rows(table), at.start, part, residual)
     tokens = at.tokens
     if isinstance(part, DeltaRings) and tokens < part.memories.shape[0] and at.valid is None:
         return delta_net.delta_net_step(x, w.mixer, config, part.history, part.memories, at.position, residual)
+    x = taken(x)
     count = tokens if at.valid is None else at.valid
     mask, module, form = at.mask(), first_port if everywhere else delta_net, recipe.form("delta")
     if isinstance(part, DeltaState):
@@ -95,6 +103,7 @@ def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
     norm = norm_of(recipe)
     few = packed and x.shape[0] <= FEW and recipe.experts in ("gathered", "grouped")
     if few:
+        norm = Normed if tuning.norms_inside(x.device) else norm
         h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, at, x, few)
         return few_tokens(norm(h, w.post_norm, config.norm_eps), w.experts, config, h)
 

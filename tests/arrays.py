@@ -28,9 +28,10 @@ def off(got: Tensor, want: Tensor | np.ndarray) -> float:
 
 
 def threads_share(monkeypatch):
-    """Kernels as on a GPU: lanes share sums, quants stay where they are."""
+    """Kernels as on a GPU: lanes share sums, quants stay where they are, products take norms."""
     if not Device[Device.DEFAULT].renderer.has_local:
         pytest.skip("no memory that threads share on this device")
     monkeypatch.setitem(tuning.SPREADS, "CL", tuning.GPU)
     monkeypatch.setattr(tuning, "SHARING", (*tuning.SHARING, "CL"))
     monkeypatch.setattr(tuning, "multiplies_subnormals", tuning.shares_memory)
+    monkeypatch.setattr(tuning, "norms_inside", tuning.shares_memory)

@@ -89,7 +89,7 @@ def test_more_tokens_than_a_ring_has_room_for_are_refused():
 
 @pytest.mark.parametrize("form", ("loops", "threads"))
 @pytest.mark.parametrize(("tokens", "position", "kv_heads", "dim"), (
-    (1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128), (5, 62, 1, 32)))
+    (1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128), (5, 62, 1, 32), (1, 30, 4, 64), (2, 15, 2, 512)))
 def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, tokens, position, kv_heads, dim,
                                                                          monkeypatch):
     if form == "threads":
@@ -115,7 +115,7 @@ def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, t
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "can"), (
-    (16, 2, 256, True), (24, 4, 256, False), (4, 2, 32, True), (8, 8, 128, False), (4, 2, 96, False)))
+    (16, 2, 256, True), (24, 4, 256, True), (4, 2, 32, True), (4, 2, 96, False), (4, 2, 2, False), (99, 1, 64, False)))
 def test_attention_knows_which_heads_it_can_divide(heads, kv_heads, dim, can):
     assert attention.fits(heads, kv_heads, dim) is can
     if not can:

@@ -5,31 +5,34 @@ number is not known when they are compiled. Instead, the cache is cut into parts
 attends over one part, for all query heads that share its keys, and what the parts found is weighed at the end. Parts
 behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein 2018 (online softmax).
 """
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from minillama import program_cache
 from minillama.kernels import tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, number, result
 from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import fitting
 
-PART = 64           # positions of a part, at most
-TURN = 8            # positions that a loop takes at once, so that it waits once for all of them
-PARTS_AT_ONCE = 16  # the same of parts
-SQUADS = 4          # times as many threads, each for some of the heads
-THREADS = 128       # that work on it, at most: no more than a head has dimensions
+program_cache.install()     # which counts loops of unknown length
+SHORT, LONG = 16, 64    # positions of a part, in a cache of up to MANY positions and in a longer one, where what parts
+MANY = 8192             # write and what is read again to sum it up counts for more than waiting does
+THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
+LANES = 8
+AT_ONCE = 16            # parts that are summed up at once, so that a thread waits once for all of them
 NOWHERE = -1e30     # a score that weighs nothing
+
+
+def threads_of(dim: int, positions: int) -> tuple[int, int]:
+    """Positions of a part, and the lanes that share one."""
+    size = SHORT if positions <= MANY else LONG
+    return size, fitting(max(LANES, THREADS // size), dim // 4)
 
 
 def fits(heads: int, kv_heads: int, dim: int) -> bool:
     """Whether `attend` can divide heads of that many dimensions among its threads."""
-    threads = min(THREADS, dim)
-    size, share = min(PART, threads), heads // kv_heads
-    lanes = threads // size
-    whole = (threads % size, dim % threads, dim // lanes % 4, threads % share, size * share % threads,
-             size % max(1, threads // share))
-    return not any(whole) and dim <= 1024       # of a block, and `rotated` has a thread for each dimension
+    return dim & dim - 1 == 0 and 4 <= dim <= 1024 and heads // kv_heads * dim % 4 == 0 and heads // kv_heads <= 64
 
 
 def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
@@ -93,77 +96,90 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
     if not fits(heads, kv_heads, dim):
         raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
-    threads = min(THREADS, dim)
-    size, share = min(PART, threads), heads // kv_heads
-    parts, lanes = -(-positions // size), threads // size       # a position has so many threads
-    parts += -parts % min(parts, PARTS_AT_ONCE)
-    per, team, mine = dim // lanes, threads // share, size * share // threads   # dimensions; threads of a head; places
-    wide, turn = fitting(16, per), fitting(TURN, size)          # dimensions and positions that are read at once
-    squads = fitting(SQUADS, share)                             # that divide the heads among them
+    device, share, (size, lanes) = q.device, heads // kv_heads, threads_of(dim, positions)
+    here, threads = -(-positions // size), size * lanes
+    parts = here + -here % AT_ONCE
+    teams = fitting(max(1, threads // dim), share)      # that divide the heads among them
+    each = 1                                            # scores of a thread
+    while each * threads < size * share:
+        each *= 2
 
-    def part_kernel(out: UOp, best: UOp, weight: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
-        token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(parts, 2)
-        # a thread's place: `team` members a head, so many crews of them, lanes of a position, squads of heads
-        member, crew, lane, squad = (UOp.range(count, 3 + n, AxisType.LOCAL)
-                                     for n, count in enumerate((team, size // team, lanes, squads)))
-        heads_here = [squad * (share // squads) + h for h in range(share // squads)]
-        end = number(position.index(const(0))) + token + 1
-        # scores of the part's positions: `lanes` threads each take a share of the dimensions
-        row, head = crew * team + member, lane * (size // team) + crew
-        thread = head * team + member
-        at, i = part * size + row, counter(per // wide, 7)
-        dims = [lane * per + i * wide + k for k in range(wide)]
+    def part_kernel(out: UOp, best: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
+        token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(here, 2)
+        thread = UOp.range(threads, 3, AxisType.LOCAL)
+        end = number(position.index(const(0)), positions) + token + 1
+        if tuning.speaks_cuda(device):        # who has nothing to do need not wait for what others do
+            leave = UOp(Ops.CUSTOM, dtypes.void, (part * size < end,), "if (!{0}) return;")
+            q, keys, values = (room.after(UOp.barrier(leave)) for room in (q, keys, values))
+        # all heads' queries, for all threads
+        queries, stores = shared_memory(3, share * dim), []
+        for n in range(0, share * dim // 4, threads):
+            cell = (n + thread).minimum(share * dim // 4 - 1)
+            for k in range(4):
+                value = q.index(token, group * share + cell // (dim // 4), (cell & (dim // 4 - 1)) * 4 + k).load()
+                stores.append(queries.index(cell * 4 + k).store(value))
+        # a position's key, by lanes; all positions' values, some dimensions a thread: asked for at once
+        lane, place = thread & (lanes - 1), thread // lanes
+        dims = [n + lane * 4 + k for n in range(0, dim, 4 * lanes) for k in range(4)]
+        at = part * size + place
         key = [keys.index(at.valid(at < end), group, d).load() for d in dims]
-        sums = [added(sum(q.index(token, group * share + h, d).load() * k for d, k in zip(dims, key, strict=True)), i)
-                for h in heads_here]
+        rows = [part * size + p for p in range(size)]
+        mine = [thread & (dim - 1)] if dim <= threads else [thread + d for d in range(0, dim, threads)]
+        value = [[values.index(at.valid(at < end), group, d).load() for at in rows] for d in mine]
+        queries = queries.after(UOp.barrier(*stores, *key, *sum(value, [])))
+        # the products of the key with all queries: each lane finds a part
+        found = [sum(queries.index(h * dim + d).load() * k for d, k in zip(dims, key, strict=True))
+                 for h in range(share)]
         board = shared_memory(0, lanes, share, size)
-        ready = UOp.barrier(*(board.index(lane, h, row).store(s) for h, s in zip(heads_here, sums, strict=True)))
-        board = board.after(ready)
-        # the largest score and the weights: `team` threads a head, `mine` positions each (all squads the same)
-        places = [member * mine + n for n in range(mine)]
-        scores = [(part * size + place < end).where(
-            sum(board.index(const(n), head, place).load() for n in range(lanes)) * dim ** -0.5, NOWHERE)
-            for place in places]
-        highs, total = shared_memory(1, share, team), shared_memory(2, share, team)
-        high = scores[0]
-        for score in scores[1:]:
-            high = high.maximum(score)
-        met = UOp.barrier(highs.index(head, member).store(high))
-        for n in range(team):
-            high = high.maximum(highs.after(met).index(head, const(n)).load())
-        shares = [(score > NOWHERE / 2).where((score - high).exp(), 0.0) for score in scores]
-        weights = shared_memory(3, share, size)
-        done = UOp.barrier(total.index(head, member).store(sum(shares[1:], shares[0])),
-                           *(weights.index(head, place).store(s) for place, s in zip(places, shares, strict=True)))
-        weighed = sum(total.after(done).index(head, const(n)).load() for n in range(team))
-        # the weighed sum of values: each thread its dimensions, for all heads
-        i, weights, stores = counter(size // turn, 8), weights.after(done), []
-        places = [i * turn + n for n in range(turn)]
-        for d in (thread + n * threads for n in range(dim // threads)):
-            value = [values.index((part * size + p).valid(part * size + p < end), group, d).load() for p in places]
-            stores += [out.index(token, group * share + h, part, d).store(added(
-                sum(weights.index(h, p).load() * v for p, v in zip(places, value, strict=True)), i))
-                for h in heads_here]
-        here = (token, group * share + head, part)
-        return UOp.group(*stores, best.index(*here).store(high), weight.index(*here).store(weighed)).end(
-            token, group, part, member, crew, lane, squad).sink(
+        board = board.after(UOp.barrier(*(board.index(lane, const(h), place).store(x) for h, x in enumerate(found))))
+        # scores: some positions of one head a thread
+        head, scores, own = (thread * each // size).minimum(share - 1), shared_memory(1, share, size), []
+        for n in range(each):
+            place = (thread * each + n) & (size - 1)
+            score = sum(board.index(const(other), head, place).load() for other in range(lanes)) * dim ** -0.5
+            own.append((place, (part * size + place < end).where(score, NOWHERE)))
+        scores = scores.after(UOp.barrier(*(scores.index(head, place).store(score) for place, score in own)))
+        # weights: how much each position counts
+        high, *more = every = [scores.index(head, const(n)).load() for n in range(size)]
+        for other in more:
+            high = high.maximum(other)
+
+        def weight(score: UOp) -> UOp:
+            return (score > NOWHERE / 2).where((score - high).exp(), 0.0)
+        total, weights = sum(weight(score) for score in every), shared_memory(2, share, size)
+        weights = weights.after(UOp.barrier(*(weights.index(head, place).store(weight(score) / total)
+                                              for place, score in own)))
+        # the weighed sum of values, for some of the heads (what threads are left over do what others do, too)
+        team, stores = (thread // dim).minimum(teams - 1), []
+        for d, column in zip(mine, value, strict=True):
+            for h in (team * (share // teams) + n for n in range(share // teams)):
+                stores.append(out.index(token, group * share + h, part, d).store(
+                    sum(weights.index(h, const(p)).load() * v for p, v in enumerate(column))))
+        return UOp.group(*stores, best.index(token, group * share + head, part).store(high + total.log())).end(
+            token, group, part, thread).sink(
             arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
 
-    def sum_kernel(out: UOp, found: UOp, best: UOp, weight: UOp, gate_: UOp) -> UOp:
+    def sum_kernel(out: UOp, found: UOp, best: UOp, gate_: UOp, position: UOp) -> UOp:
         token, head, d = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
-        some = min(parts, PARTS_AT_ONCE)
-        first, i = counter(parts // some, 3), counter(parts // some, 4)
-        high, *more = (best.index(token, head, first * some + n).load() for n in range(some))
+        start = number(position.index(const(0)), positions)
+        count = (start + token + size) // size          # parts that found something for this token
+        turns = (start + (tokens - 1 + size * AT_ONCE)) // (size * AT_ONCE)
+        first, i = (UOp.range(turns, n, AxisType.REDUCE) if parts > AT_ONCE else const(0) for n in (3, 4))
+
+        def highs(turn: UOp) -> list[UOp]:
+            return [(turn * AT_ONCE + n < count).where(best.index(token, head, turn * AT_ONCE + n).load(), NOWHERE)
+                    for n in range(AT_ONCE)]
+        high, *more = highs(first)
         for one in more:
             high = high.maximum(one)
-        high = high.reduce(first, arg=Ops.MAX) if parts > some else high
-        now = [i * some + n for n in range(some)]
-        shares = [(best.index(token, head, part).load() - high).exp() for part in now]
-        y = added(sum(found.index(token, head, part, d).load() * s for part, s in zip(now, shares, strict=True)), i)
-        y = y / added(sum(weight.index(token, head, part).load() * s for part, s in zip(now, shares, strict=True)), i)
+        high = high.reduce(first, arg=Ops.MAX) if parts > AT_ONCE else high
+        shares = [(one > NOWHERE / 2).where((one - high).exp(), 0.0) for one in highs(i)]
+        values = [(i * AT_ONCE + n < count).where(found.index(token, head, i * AT_ONCE + n, d).load(), 0.0)
+                  for n in range(AT_ONCE)]
+        y = added(sum(value * share for value, share in zip(values, shares, strict=True)), i) / added(sum(shares), i)
         open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
         return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
             arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))
-    found, best, weight = (result(tokens, heads, parts, *more, like=q) for more in ((dim,), (), ()))
-    found, best, weight = found.custom_kernel(best, weight, q, keys, values, position, fxn=part_kernel)[:3]
-    return result(tokens, heads * dim, like=q).custom_kernel(found, best, weight, gate[0], fxn=sum_kernel)[0]
+    found, best = (result(tokens, heads, parts, *more, like=q) for more in ((dim,), ()))
+    found, best = found.custom_kernel(best, q, keys, values, position, fxn=part_kernel)[:2]
+    return result(tokens, heads * dim, like=q).custom_kernel(found, best, gate[0], position, fxn=sum_kernel)[0]

@@ -3,7 +3,9 @@
 What works on a UOp in a kernel works on whole tensors, too, where both know the same operators.
 """
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import UOp
+from tinygrad.uop.ops import Ops, UOp
+
+from minillama.kernels import tuning
 
 WORD, BITS, HALF, FLOAT = dtypes.uint32, dtypes.uint16, dtypes.half, dtypes.float32
 EXPONENT, MANTISSA = 0x7c00, 0x03ff     # of a half
@@ -27,10 +29,11 @@ def half_to_float(bits: UOp | Tensor) -> UOp | Tensor:
     return (bits & 0x8000).eq(0).where(size, -size)
 
 
-def moved(word: UOp, start: int, count: int, to: int) -> UOp:
-    """`count` bits of a word from bit `start` on, at bit `to` of an otherwise empty word."""
+def moved(word: UOp, start: int, count: int, to: int, both: bool = False) -> UOp:
+    """`count` bits of a word from bit `start` on, at bit `to` of an otherwise empty word; `both`: and those 16 bits
+    above them."""
     shifted = word << (to - start) if to > start else word >> (start - to) if to < start else word
-    return shifted & ((1 << count) - 1 << to)
+    return shifted & ((1 << count) - 1 << to) * (0x10001 if both else 1)
 
 
 def above(bits: int, mantissa: UOp) -> UOp:
@@ -43,6 +46,24 @@ def times(x: UOp, factor: float) -> UOp:
     """x times a constant, made before all else. Left bare, tinygrad would pass the constant on to a larger product,
     and what it is to keep in range would have got lost; so a zero is added that only compilers see through."""
     return x * factor + ((x.bitcast(WORD) >> 1) & (1 << 31)).bitcast(FLOAT)
+
+
+def as_halves(words: list[UOp], device: str) -> list[UOp]:
+    """Words as pairs of halves, the lower one first. (CUDA's compiler puts what is taken apart by shifts together by
+    shifts again, not what was a pair of halves at once; tinygrad's emulator knows nothing but shifts.)"""
+    if tuning.speaks_cuda(device):
+        both = "tg_bitcast<half2>((uint){0})."
+        return [UOp(Ops.CUSTOMI, HALF, (word,), both + part) for word in words for part in "xy"]
+    return [half.cast(BITS).bitcast(HALF) for word in words for half in (word, word >> 16)]
+
+
+def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
+    """x as two halves, x = first + second / low. (What the first one holds is asked of CUDA in its own words: tinygrad
+    takes a float that became a half and a float again for what it was.)"""
+    first = x.cast(HALF)
+    held = (UOp(Ops.CUSTOMI, FLOAT, (first,), "__half2float({0})") if tuning.speaks_cuda(device) else
+            half_to_float(first.bitcast(BITS).cast(WORD)))
+    return first, ((x - held) * low).cast(HALF)
 
 
 def load(array: UOp, *index: UOp) -> UOp:

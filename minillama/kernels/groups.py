@@ -12,8 +12,8 @@ from tinygrad.uop.ops import KernelInfo, UOp
 from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
-from minillama.kernels.product import dot, number, result
-from minillama.kernels.sums import added, counter
+from minillama.kernels.product import number, result
+from minillama.kernels.sums import added, counter, dot
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from minillama.kernels.bits import (
 
 OCTET = 8
 LOWERED = 80        # products of subnormal numbers and values made large are 2^80 times too small: far from all limits
+TOP_OF_HALF = 10    # the bits of a half's mantissa
 HIGH = 12           # by which bits are moved down that lie where a float32 number has its exponent
 
 
@@ -73,6 +74,15 @@ class Field:
         place = self.start - low
         return (moved(self.word, self.start, self.count, place).bitcast(FLOAT),
                 times(x, 2.0 ** (SUBNORMAL - LOWERED - place + self.weight)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two quants of an octet as the halves of a word, subnormal ones: quant * 2^power, and that 2^-24 times."""
+    word: UOp
+    first: int      # their places
+    second: int
+    power: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,25 @@ class Octet:
         excess = self.bias + (1 << self.bits) if excess is None else excess
         y = (total - sum_of_x * float(excess) if excess else total) * self.scale
         return y if self.offset is None else y + sum_of_x * self.offset
+
+    def pairs(self) -> list[Pair]:
+        """The quants two by two, as they lie: 16 bits apart in a word."""
+        found = []
+        for place, (low, *more) in enumerate(self.fields):
+            if low.start >= 16:
+                continue
+            other = next(n for n, (high, *_) in enumerate(self.fields)
+                         if high.word is low.word and high.start == low.start + 16)
+            down = 8 if low.start + self.bits > TOP_OF_HALF else 0      # else they would reach a half's exponent
+            power = low.start - down
+            word = moved(low.word, low.start, low.count, power, both=True)
+            for high in more:       # further bits, of all quants side by side: the upper four's go to the upper half
+                size = 4 * high.count
+                every = high.word & ((1 << 2 * size) - 1)
+                apart = every | (every << 16 - size)
+                word = word | moved(apart, high.start, high.count, power + high.weight, both=True)
+            found.append(Pair(word, place, other, power))
+        return found
 
     def values(self) -> list[UOp]:
         """The values, each by itself."""

@@ -33,6 +33,7 @@ from tinygrad.runtime.support.c import init_c_var
 from tinygrad.uop.ops import Ops, UOp
 
 WAIT = '  asm volatile("griddepcontrol.wait; griddepcontrol.launch_dependents;" ::: "memory");'
+AGAIN = '  asm volatile("griddepcontrol.wait;" ::: "memory");'
 PROGRAMMATIC = (ctypes.c_ubyte * 8)(1, 0, 1)    # a CUgraphEdgeData: from which port, to which, of which type
 HOPPER = 90                                     # its compute capability, times ten
 LINE = 128                                      # bytes of a cache line: what one read may bring along
@@ -53,38 +54,48 @@ def words(line: str) -> set[str]:
     return set(re.findall(r"\w+", line))
 
 
-def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]) -> dict[int, str]:
-    """Of a kernel's straight beginning, by number, the lines that read arguments `early` whose addresses depend on no
-    argument `fresh`, and the lines that these addresses are made of. (Of many reads whose addresses are read, too,
-    none: then later blocks wait twice, and registers spill.)"""
-    declared, reads, tainted, first = {}, [], set(fresh), set()
+def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]) -> tuple[dict[int, str], list[int]]:
+    """Of a kernel's straight beginning, by number, the lines that read arguments `early` at addresses that depend on
+    no argument `fresh`, and the lines that these addresses are made of. (Of many reads whose addresses are read, too,
+    none: then later blocks wait twice, and registers spill.) Then, if some of those reads must wait: these lines, but
+    before them all other reads, which would have to queue up behind them."""
+    declared, reads, late, others, tainted = {}, [], [], [], set(fresh)
     for n, line in enumerate(lines):
         if not (match := DECLARED.match(line)):
             if not ROOM.match(line):
                 break
             continue
         declared[match[1]] = n
+        if words(line) & early:
+            (late if words(line) & tainted else reads).append(n)
+        elif words(line) & arrays:
+            others.append(n)
         if words(line) & tainted:
             tainted.add(match[1])
-        elif words(line) & early:
-            reads.append(n)
-    while reads:
-        if (n := reads.pop()) not in first:
-            first.add(n)
-            reads += [declared[word] for word in words(lines[n].split("=", 1)[1]) if word in declared]
+
+    def with_addresses(reads: list[int]) -> set[int]:
+        found, todo = set(), list(reads)
+        while todo:
+            if (n := todo.pop()) not in found:
+                found.add(n)
+                todo += [declared[word] for word in words(lines[n].split("=", 1)[1]) if word in declared]
+        return found
+    first, second, before = (with_addresses(lines) for lines in (reads, late, others if late else []))
     found = [n for n in first if words(lines[n]) & arrays]
     looked_up = {DECLARED.match(lines[n])[1] for n in found}
     chained = any(looked_up & words(lines[n].split("=", 1)[1]) for n in first)
-    others = [n for n in found if not words(lines[n]) & early]
-    if len(found) > MOST and chained or not all(READ.match(lines[n]) for n in others):
-        return {}
-    shared = {n: READ.sub(r"\1__ldcg(\2);", lines[n]) for n in others}
-    return {n: shared.get(n, lines[n]) for n in sorted(first)}
+    numbers = [n for n in found if not words(lines[n]) & early]
+    if len(found) > MOST and chained or not all(READ.match(lines[n]) for n in numbers):
+        first, numbers = set(), []
+    shared = {n: READ.sub(r"\1__ldcg(\2);", lines[n]) for n in numbers}
+    soon = sorted(before - first)
+    return {n: shared.get(n, lines[n]) for n in sorted(first)}, soon + sorted(second - before - first)
 
 
 def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozenset(), share: int = 0) -> str:
     """A kernel's CUDA source with the wait in it: before it reads of the arguments `early`, where no address depends
-    on the arguments `fresh` (both by position), behind it all else.
+    on the arguments `fresh` (both by position), behind it all else, and of that reads first, where some are such.
+    These end in a wait, too, which is over at once: the compiler moves nothing across it, and would ask for them late.
 
     `share`: blocks that a multiprocessor gets where they are spread evenly. If they can have registers in plenty, the
     compiler is told: early reads need them, but not so many that blocks are left over for a second turn.
@@ -92,10 +103,12 @@ def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozense
     signature, bounds = SIGNATURE.search(source), BOUNDS.search(source)
     head, lines = source[:signature.end()], source[signature.end():].split("\n")
     arrays = [part.split()[-1] for part in signature[1].split(", ") if "*" in part]
-    first = hoisted(lines, set(arrays), {arrays[i] for i in fresh}, {arrays[i] for i in early})
+    first, second = hoisted(lines, set(arrays), {arrays[i] for i in fresh}, {arrays[i] for i in early})
     if first and share and REGISTERS // (share * int(bounds[1])) >= PLENTY:
         head = head.replace(bounds[0], f"__launch_bounds__({bounds[1]}, {share})")
-    return head + "\n".join([*first.values(), WAIT, *(line for n, line in enumerate(lines) if n not in first)])
+    rest = [line for n, line in enumerate(lines) if n not in first and n not in second]
+    behind = [*(lines[n] for n in second), AGAIN] if second else []
+    return head + "\n".join([*first.values(), WAIT, *behind, *rest])
 
 
 Call = tuple[int, UOp, list[Buffer], dict[str, int]]    # as tinygrad's graphs keep them

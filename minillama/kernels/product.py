@@ -5,28 +5,17 @@ plain product; `gated` is the first half of the chosen experts' SwiGLU networks,
 expert that sees every token, `mixed` the chosen experts' second half, added up.
 """
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
-from minillama.kernels import tuning
+from minillama.kernels import few, tuning
 from minillama.kernels.block import const
-from minillama.kernels.layouts import OCTET, Layout
+from minillama.kernels.few import Units
+from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
-from minillama.kernels.sums import Rows
-
-
-def dot(layout: Layout, arrays: tuple[UOp, ...], row: UOp, first: UOp, step: int,
-        value: Callable[[UOp, int], UOp], in_place: bool = False) -> UOp:
-    """What the `step` octets from number `first` on add to the product of a row with a vector: an expression.
-
-    `value(i, k)` is the vector's value at place k of octet i; `in_place`: see `Octet.times`.
-    """
-    total = None
-    for i in (first + j for j in range(step)):
-        part = layout.octet(*arrays, row, i).times([value(i, k) for k in range(OCTET)], in_place)
-        total = part if total is None else total + part
-    return total
+from minillama.kernels.sums import Factor, Rows, Vectors
 
 
 def number(x: UOp, below: int = 0) -> UOp:
@@ -38,15 +27,55 @@ def number(x: UOp, below: int = 0) -> UOp:
     return value.cast(dtypes.weakint)
 
 
-def vector(x: UOp, *index: UOp) -> Callable[[UOp, int], UOp]:
-    """The values of a vector in a kernel, by octet and place in it."""
-    return lambda i, k: x.index(*index, i * OCTET + k).load()
+@dataclass(frozen=True)
+class Normed:
+    """Rows x (tokens, dim), times `weight` (dim,), whose RMS norm is left to the kernels that read them: with the sums
+    that they want they find that of the squares, and scale what they found. Saves a kernel, where that is what counts.
+    """
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+    @property
+    def device(self) -> str:
+        return self.x.device
+
+    def values(self) -> Tensor:
+        """The norm, taken in plain tensor code."""
+        return self.x * (self.x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
 
 
-def sums_along(weight: Packed, tokens: int, rows: int = 0, **more: int) -> Rows:
-    """Sums along the rows of a matrix, or of `rows` of them."""
-    octets, rows = weight.columns // OCTET, rows or weight.rows
-    return Rows(weight.device, rows, octets, tokens, tuning.product(weight.device, rows, octets, tokens, **more))
+def inputs(x: Tensor | Normed) -> list[Tensor]:
+    """What a kernel must be given for `vectors`."""
+    return [x.x, x.weight] if isinstance(x, Normed) else [x]
+
+
+def vectors(x: Tensor | Normed, given: tuple[UOp, ...], at: Callable[[UOp, UOp], tuple[UOp, ...]]) -> Vectors:
+    """How a kernel that is `given` its `inputs` reads x: at(token, term) is the index of a row."""
+    def plain(token: UOp, term: UOp, i: UOp, k: int) -> UOp:
+        return given[0].index(*at(token, term), i * OCTET + k).load()
+    if not isinstance(x, Normed):
+        return Vectors(plain)
+    return Vectors(lambda token, term, i, k: plain(token, term, i, k) * given[1].index(i * OCTET + k).load(), plain,
+                   x.eps)
+
+
+def sums_along(*weights: Packed, tokens: int, rows: int = 0, times: int = 1, outer: int = 1,
+               besides: tuple[Packed, ...] = ()) -> Rows | Units:
+    """Sums along the rows of matrices that are read at once, or along `rows` of them; `besides`: others that are read,
+    too. On tensor cores, where they can be used."""
+    first, matrices = weights[0], len(weights)
+    rows = rows or first.rows
+    cut = tuning.warps(first.device, rows, first.columns, tokens, matrices, outer)
+    if cut and few.fits(*(weight.layout for weight in weights + besides)):
+        return Units(first.device, rows, first.columns, tokens, cut)
+    octets = first.columns // OCTET
+    return Rows(first.device, rows, octets, tokens,
+                tuning.product(first.device, rows, octets, tokens, matrices, times, outer))
 
 
 Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
@@ -66,20 +95,20 @@ def linear_twin(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Te
     return y if residual is None else y + residual
 
 
-def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = None) -> Tensor:
     """As `linear_twin`. A bundle of threads computes some rows for all tokens: it reads their packed bytes once, x
     from the cache once for all of its rows, and writes one value a row and token."""
-    work, extra = sums_along(weight, x.shape[0]), [] if residual is None else [residual]
-    in_place = tuning.multiplies_subnormals(x.device)
+    work, given = sums_along(weight, tokens=x.shape[0]), inputs(x)
+    extra = [] if residual is None else [residual]
 
-    def kernel(out: UOp, x: UOp, *buffers: UOp) -> UOp:
-        def part(row: UOp, token: UOp, i: UOp, _: UOp) -> UOp:
-            return dot(weight.layout, buffers[len(extra):], row, i, work.cut.step, vector(x, token), in_place)
-        found = work.sums(part)
-        y = found.totals[0] + (buffers[0].index(found.token, found.row).load() if extra else 0)
+    def kernel(out: UOp, *buffers: UOp) -> UOp:
+        xs, arrays = buffers[:len(given)], buffers[len(given) + len(extra):]
+        found = work.sums(Factor(weight.layout, arrays, lambda row, _: row, vectors(x, xs, lambda t, _: (t,))),
+                          ahead=lambda t, row: [one.index(t, row).load() for one in buffers[len(given):][:len(extra)]])
         return found.end(f"linear_{weight.format}_{work.tokens}_{weight.rows}_{weight.columns}",
-                         out.index(found.token, found.place).store(y))
-    return result(x.shape[0], weight.rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=kernel)[0]
+                         out.index(found.token, found.place).store(sum(found.ahead, found.totals[0])))
+    return result(x.shape[0], weight.rows, like=given[0]).custom_kernel(
+        *given, *extra, *weight.arrays, fxn=kernel)[0]
 
 
 # ---- experts ------------------------------------------------------------------------------------------------------
@@ -95,30 +124,28 @@ def gated_twin(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) 
     return chosen(gate).silu() * chosen(up) * share.unsqueeze(-1)
 
 
-def gated(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor, logits: bool = False) -> Tensor:
+def gated(x: Tensor | Normed, gate: Packed, up: Packed, ids: Tensor, share: Tensor, logits: bool = False) -> Tensor:
     """As `gated_twin`; the expert's number is looked up inside, so that no expert is copied. A bundle of threads
     computes some rows of gate and up at once: it reads both packed, and x from the cache once for all of them.
     `logits`: `share` is still what shares are the softmax of, the largest first."""
-    (tokens, used), (_, width, hidden) = ids.shape, gate.shape
-    work = sums_along(gate, 1, rows=width, matrices=2, times=tokens * used)
-    split, in_place = len(gate.arrays), tuning.multiplies_subnormals(x.device)
+    (tokens, used), (_, width, hidden), given = ids.shape, gate.shape, inputs(x)
+    work = sums_along(gate, up, tokens=1, rows=width, times=tokens * used)
 
-    def kernel(out: UOp, x: UOp, ids: UOp, share: UOp, *arrays: UOp) -> UOp:
+    def kernel(out: UOp, ids: UOp, share: UOp, *buffers: UOp) -> UOp:
         token, place = UOp.range(tokens, 5), UOp.range(used, 6)
         first = number(ids.index(token, place), gate.shape[0]) * width
-
-        def part(weight: Packed, mine: tuple[UOp, ...]):
-            return lambda row, _, i, __: dot(weight.layout, mine, first + row, i, work.cut.step, vector(x, token),
-                                             in_place)
-        found = work.sums(part(gate, arrays[:split]), part(up, arrays[split:]))
-        mine = share.index(token, place).load()
+        xs, arrays = vectors(x, buffers, lambda *_: (token,)), buffers[len(given):]
+        both = (gate, arrays[:len(gate.arrays)]), (up, arrays[len(gate.arrays):])
+        found = work.sums(*(Factor(weight.layout, mine, lambda row, _: first + row, xs) for weight, mine in both),
+                          ahead=lambda *_: [share.index(token, n).load() for n in [place, *map(const, range(used))]])
+        mine, *every = found.ahead
         if logits:
-            most, *_ = every = [share.index(token, const(n)).load() for n in range(used)]
-            mine = (mine - most).exp() / sum((one - most).exp() for one in every)
+            mine = (mine - every[0]).exp() / sum((one - every[0]).exp() for one in every)
         g, u = found.totals
         return found.end(f"gated_{gate.format}_{up.format}_{tokens}_{used}_{width}_{hidden}",
                          out.index(token, place, found.place).store(g.silu() * u * mine), over=(token, place))
-    return result(tokens, used, width, like=x).custom_kernel(x, ids, share, *gate.arrays, *up.arrays, fxn=kernel)[0]
+    return result(tokens, used, width, like=ids).custom_kernel(
+        ids, share, *given, *gate.arrays, *up.arrays, fxn=kernel)[0]
 
 
 def shared_gated_twin(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
@@ -129,31 +156,42 @@ def shared_gated_twin(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Ten
     return linear_twin(x, gate).silu() * linear_twin(x, up) * (x * share).sum(-1, keepdim=True).sigmoid()
 
 
-def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, router: Packed | None = None) -> list[Tensor]:
+def shared_gated(x: Tensor | Normed, gate: Packed, up: Packed, share: Tensor, router: Packed | None = None,
+                 ) -> list[Tensor]:
     """As `shared_gated_twin`; every bundle of threads computes the token's share anew, one row more among its own.
-    Where the `router` (rows of gate, hidden) has a row for each of gate's, x times that, too: (tokens, rows)."""
-    (tokens, hidden), routing = x.shape, [] if router is None else list(router.arrays)
-    split, both = len(gate.arrays), len(gate.arrays) + len(up.arrays)
-    work, in_place = sums_along(gate, tokens, matrices=2), tuning.multiplies_subnormals(x.device)
-    outs = [result(tokens, gate.rows, like=x) for _ in range(1 + len(routing))]
+    Where the `router` (rows of gate, hidden) has a row for each of gate's, x times that, too: (tokens, rows). Where a
+    norm is still to be taken, the last result is what it gives, (tokens, hidden): each row writes some of it."""
+    (tokens, hidden), weights, given = x.shape, [gate, up, *([] if router is None else [router])], inputs(x)
+    octets = hidden // OCTET        # one of them is no matrix: not for tensor cores
+    work = Rows(x.device, gate.rows, octets, tokens, tuning.product(x.device, gate.rows, octets, tokens, 2))
+    outs = [result(tokens, gate.rows, like=share) for _ in weights[1:]]
+    columns = hidden // gate.rows if isinstance(x, Normed) and hidden % gate.rows == 0 else 0   # that a row writes
+    outs += [result(tokens, hidden, like=share)] if columns else []
 
-    def kernel(*given: UOp) -> UOp:
-        (x, share, *arrays), step = given[len(outs):], work.cut.step
+    def kernel(*buffers: UOp) -> UOp:
+        (share, *rest), factors = buffers[len(outs):], []
+        given_x, rest = rest[:len(given)], rest[len(given):]
+        xs = vectors(x, given_x, lambda t, _: (t,))
+        for weight in weights:
+            mine, rest = rest[:len(weight.arrays)], rest[len(weight.arrays):]
+            factors.append(Factor(weight.layout, tuple(mine), lambda row, _: row, xs))
 
-        def part(weight: Packed, mine: tuple[UOp, ...]):
-            return lambda row, token, i, _: dot(weight.layout, mine, row, i, step, vector(x, token), in_place)
-
-        def of_share(_: UOp, token: UOp, i: UOp, __: UOp) -> UOp:
-            return sum(share.index((i + j) * OCTET + k).load() * vector(x, token)(i + j, k)
-                       for j in range(step) for k in range(OCTET))
-        weights = (gate, arrays[:split]), (up, arrays[split:both]), (router, arrays[both:])
-        found = work.sums(*(part(*weight) for weight in weights[:1 + len(outs)]), of_share)
-        g, u, *rest, s = found.totals
+        def of_share(_: UOp, token: UOp, first: UOp, term: UOp) -> UOp:
+            return sum(share.index((first + j) * OCTET + k).load() * xs.value(token, term, first + j, k)
+                       for j in range(work.cut.step) for k in range(OCTET))
+        found = work.sums(*factors, of_share)
+        g, u, *others, s = found.totals
         stores = [out.index(found.token, found.place).store(y)
-                  for out, y in zip(given, [g.silu() * u * s.sigmoid(), *rest], strict=False)]
-        return found.end(f"{'routed_' if rest else ''}shared_{gate.format}_{up.format}_{tokens}_{gate.rows}_{hidden}",
-                         *stores)
-    return outs[0].custom_kernel(*outs[1:], x, share, *gate.arrays, *up.arrays, *routing, fxn=kernel)[:len(outs)]
+                  for out, y in zip(buffers, [g.silu() * u * s.sigmoid(), *others], strict=False)]
+        for n in range(columns):
+            value = given_x[0].index(found.token, found.row * columns + n).load() * given_x[1].index(
+                found.row * columns + n).load()
+            stores.append(buffers[len(outs) - 1].index(found.token, found.place * columns + n).store(
+                value * found.scale))
+        name = f"{'routed_' if others else ''}shared_{gate.format}_{up.format}_{tokens}_{gate.rows}_{hidden}"
+        return found.end(name, *stores)
+    arrays = [array for weight in weights for array in weight.arrays]
+    return outs[0].custom_kernel(*outs[1:], share, *given, *arrays, fxn=kernel)[:len(outs)]
 
 
 def mixed_twin(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -171,24 +209,19 @@ def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = N
     `shared`: a vector (tokens, width) and a matrix (hidden, width) whose product is added. (Only where the sum over
     experts is `tuning.written_out`.)"""
     (tokens, used, width), hidden = routed.shape, down.shape[1]
-    work = sums_along(down, 1, rows=hidden, outer=used)
-    in_place, extra = tuning.multiplies_subnormals(routed.device), [] if residual is None else [residual]
-    last = [] if shared is None else [shared[0], *shared[1].arrays]
+    extra, last = [] if residual is None else [residual], [] if shared is None else [shared[0], *shared[1].arrays]
+    work = sums_along(down, tokens=1, rows=hidden, outer=used, besides=() if shared is None else (shared[1],))
 
     def kernel(out: UOp, routed: UOp, ids: UOp, *buffers: UOp) -> UOp:
-        token, step = UOp.range(tokens, 5), work.cut.step
-        arrays = buffers[len(extra):]
-
-        def part(row: UOp, _: UOp, i: UOp, place: UOp) -> UOp:
-            at = number(ids.index(token, place), down.shape[0]) * hidden + row
-            return dot(down.layout, arrays[:len(down.arrays)], at, i, step, vector(routed, token, place), in_place)
-
-        def once(row: UOp, _: UOp, i: UOp, __: UOp) -> UOp:
-            x, *matrix = arrays[len(down.arrays):]
-            return dot(shared[1].layout, tuple(matrix), row, i, step, vector(x, token), in_place)
-        found = work.sums(part, outer=used, once=once if last else None)
-        y = found.totals[0] + (buffers[0].index(token, found.row).load() if extra else 0)
+        token, split = UOp.range(tokens, 5), len(extra) + len(down.arrays)
+        each = Factor(down.layout, buffers[len(extra):split], lambda row, place: number(
+            ids.index(token, place), down.shape[0]) * hidden + row,
+            vectors(routed, (routed,), lambda _, place: (token, place)))
+        once = Factor(shared[1].layout, buffers[split + 1:], lambda row, _: row, vectors(
+            shared[0], buffers[split:], lambda *_: (token,))) if shared else None
+        found = work.sums(each, outer=used, once=once, ahead=lambda _, row: [
+            one.index(token, row).load() for one in buffers[:len(extra)]])
         return found.end(f"mixed_{down.format}_{tokens}_{used}_{width}_{hidden}",
-                         out.index(token, found.place).store(y), over=(token,))
+                         out.index(token, found.place).store(sum(found.ahead, found.totals[0])), over=(token,))
     return result(tokens, hidden, like=routed).custom_kernel(
         routed, ids, *extra, *down.arrays, *last, fxn=kernel)[0]

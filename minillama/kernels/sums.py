@@ -1,10 +1,12 @@
 """Sums inside kernels: over a loop, or over *lanes*, threads that each add up a part and then meet."""
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from minillama.kernels import tuning
 from minillama.kernels.block import const, shared_memory
+from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.tuning import Cut, written_out
 
 BOARD = 11      # the numbers of the rooms where lanes meet
@@ -21,7 +23,53 @@ def added(x: UOp, *over: UOp) -> UOp:
     return x.reduce(*over, arg=Ops.ADD) if over else x
 
 
-Part = Callable[[UOp, UOp, UOp, UOp], UOp]     # (row, token, number of the first octet, term of an outer sum) -> sum
+Value = Callable[[UOp, UOp, UOp, int], UOp]     # (token, term of an outer sum, octet, place in it) -> a vector's value
+Part = Callable[[UOp, UOp, UOp, UOp], UOp]      # (row, token, number of the first octet, term) -> sum
+Ahead = Callable[[UOp, UOp], list[UOp]]         # (token, row) -> what will be needed when the sums are done
+
+
+def nothing(token: UOp, row: UOp) -> list[UOp]:
+    return []
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The vectors that rows are multiplied with: their values in a kernel. Where their RMS norm is not taken yet,
+    `plain` are the values without the norm's weight, `eps` is the norm's, and sums are scaled when they are done."""
+    value: Value
+    plain: Value | None = None
+    eps: float = 0.0
+
+    def scale(self, squares: UOp, size: int) -> UOp:
+        """What sums are scaled by, from the sum of `size` squares."""
+        return (squares * (1 / size) + self.eps).rsqrt()
+
+
+def dot(layout: Layout, arrays: tuple[UOp, ...], row: UOp, first: UOp, step: int, value: Callable[[UOp, int], UOp],
+        in_place: bool = False) -> UOp:
+    """What the `step` octets from number `first` on add to the product of a row with a vector: an expression.
+
+    `value(i, k)` is the vector's value at place k of octet i; `in_place`: see `Octet.times`.
+    """
+    parts = [layout.octet(*arrays, row, first + j).times([value(first + j, k) for k in range(OCTET)], in_place)
+             for j in range(step)]
+    return sum(parts[1:], parts[0])
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A product in a kernel, of rows of a packed matrix with vectors: `row` (row, term) is the matrix's row."""
+    layout: Layout
+    arrays: tuple[UOp, ...]
+    row: Callable[[UOp, UOp], UOp]
+    x: Vectors
+
+    def part(self, step: int, device: str) -> Part:
+        """What `step` octets add to it. (Quants are multiplied where they lie, where a device can do that.)"""
+        in_place = tuning.multiplies_subnormals(device)
+        return lambda row, token, first, term: dot(
+            self.layout, self.arrays, self.row(row, term), first, step,
+            lambda i, k: self.x.value(token, term, i, k), in_place)
 
 
 @dataclass(frozen=True)
@@ -38,18 +86,31 @@ class Rows:
     tokens: int
     cut: Cut
 
-    def sums(self, *parts: Part, outer: int = 1, once: Part | None = None) -> "Summed":
-        """The sum of each part over all octets of a row, and over `outer` terms; `once` is added to the first part's,
-        not for each term of it. (Only where the terms are `tuning.written_out`.)"""
-        return (self._over_lanes if self.cut.lanes > 1 else self._in_loops)(parts, outer, once)
+    def sums(self, *factors: Factor | Part, outer: int = 1, once: Factor | None = None, ahead: Ahead = nothing,
+             ) -> "Summed":
+        """The sum of each factor, or part, over all octets of a row, and over `outer` terms; `once` is added to the
+        first one's, not for each term of it. (Only where the terms are `tuning.written_out`.) `ahead`: what else is to
+        be read, so that nobody waits for it in the end."""
+        def part(one: Factor | Part) -> Part:
+            return one.part(self.cut.step, self.device) if isinstance(one, Factor) else one
+        parts, x = [part(one) for one in factors], factors[0].x
+        if x.plain:
+            parts.append(lambda _, token, first, term: sum(
+                x.plain(token, term, first + j, k).square() for j in range(self.cut.step) for k in range(OCTET)))
+        found = (self._over_lanes if self.cut.lanes > 1 else self._in_loops)(parts, outer, once and part(once), ahead)
+        if not x.plain:
+            return found
+        *totals, squares = found.totals
+        scale = x.scale(squares, self.octets * OCTET)
+        return replace(found, totals=[y * scale for y in totals], scale=scale)
 
-    def _in_loops(self, parts: tuple[Part, ...], outer: int, once: Part | None) -> "Summed":
+    def _in_loops(self, parts: list[Part], outer: int, once: Part | None, ahead: Ahead) -> "Summed":
         row, token, i, term = UOp.range(self.rows, 0), UOp.range(self.tokens, 1), counter(
             self.octets // self.cut.step, 2), counter(outer, 3)
         return Summed([added(part(row, token, i * self.cut.step, term), term, i) for part in parts], row, token, row,
-                      (row, token), self.cut.opts)
+                      (row, token), self.cut.opts, ahead(token, row))
 
-    def _over_lanes(self, parts: tuple[Part, ...], outer: int, once: Part | None) -> "Summed":
+    def _over_lanes(self, parts: list[Part], outer: int, once: Part | None, ahead: Ahead) -> "Summed":
         c, own = self.cut, self.cut.each * self.tokens
         block, lane = UOp.range(self.rows // (c.each * c.groups), 0), UOp.range(c.lanes, 1, AxisType.LOCAL)
         bundle = UOp.range(c.groups, 2, AxisType.LOCAL) if c.groups > 1 else const(0)
@@ -64,40 +125,49 @@ class Rows:
                 found += [once(row, token, i, term) for i in steps]
             return added(sum(found[1:], found[0]), term, loop)
         found = [mine(part, first + r, const(t)) for part in parts for r in range(c.each) for t in range(self.tokens)]
-        sums = met(found, lane, c.lanes, bundle, c.groups)
         last = lane.minimum(own - 1)                # this lane's row and token, of its bundle's
         row = last // self.tokens
+        token = last - row * self.tokens
+        soon = ahead(token, first + row)
+        sums, _ = met(found, lane, c.lanes, bundle, c.groups, soon)
         totals = [sums(last + p * own) for p in range(len(parts))]
-        return Summed(totals, first + row, last - row * self.tokens, (first + row).valid(lane < own),
-                      tuple(r for r in (block, lane, bundle) if r.op is Ops.RANGE), ())
+        return Summed(totals, first + row, token, (first + row).valid(lane < own),
+                      tuple(r for r in (block, lane, bundle) if r.op is Ops.RANGE), (), soon)
 
 
 @dataclass(frozen=True)
 class Summed:
-    """The sums of one row and token. `place`: the row to write to, by one thread alone; `ranges`: what is to end."""
+    """The sums of one row and token. `place`: the row to write to, by one thread alone; `ranges`: what is to end;
+    `ahead`: what was to be read, too; `scale`: of the vectors, where their norm was still to be taken (the sums are
+    scaled already)."""
     totals: list[UOp]
     row: UOp
     token: UOp
     place: UOp
     ranges: tuple[UOp, ...]
     opts: tuple
+    ahead: list[UOp]
+    scale: UOp | None = None
 
     def end(self, name: str, *stores: UOp, over: tuple[UOp, ...] = ()) -> UOp:
         """The kernel; `over`: further ranges of its own."""
         return UOp.group(*stores).end(*self.ranges, *over).sink(arg=KernelInfo(name, opts_to_apply=self.opts))
 
 
-def met(found: list[UOp], lane: UOp, lanes: int, bundle: UOp, bundles: int) -> Callable[[UOp], UOp]:
-    """All lanes of a bundle have found so many values each: sums over them, by the value's number."""
+def met(found: list[UOp], lane: UOp, lanes: int, bundle: UOp, bundles: int, besides: Iterable[UOp] = (),
+        ) -> tuple[Callable[[UOp], UOp], UOp]:
+    """All lanes of a bundle have found so many values each: sums over them, by the value's number; and the barrier
+    where they met, which waits for stores and reads `besides`, too."""
     count, shares = len(found), 1                   # lanes that share a value at the first meeting
     while 2 * shares * count <= lanes and shares * shares < lanes:
         shares *= 2
     board = shared_memory(BOARD, bundles, lanes, count)
-    board = board.after(UOp.barrier(*(board.index(bundle, lane, const(n)).store(x) for n, x in enumerate(found))))
+    ready = UOp.barrier(*(board.index(bundle, lane, const(n)).store(x) for n, x in enumerate(found)), *besides)
+    board = board.after(ready)
     if shares == 1:
-        return lambda n: sum(board.index(bundle, const(other), n).load() for other in range(lanes))
+        return lambda n: sum(board.index(bundle, const(other), n).load() for other in range(lanes)), ready
     rest, size, value = shared_memory(BOARD + 1, bundles, count, shares), lanes // shares, lane // shares
     share, value = lane - value * shares, value.minimum(count - 1)
     partial = sum(board.index(bundle, share * size + n, value).load() for n in range(size))
     rest = rest.after(UOp.barrier(rest.index(bundle, value, share).store(partial)))
-    return lambda n: sum(rest.index(bundle, n, const(other)).load() for other in range(shares))
+    return lambda n: sum(rest.index(bundle, n, const(other)).load() for other in range(shares)), ready

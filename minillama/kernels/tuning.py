@@ -101,6 +101,39 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     return Cut(step, (), lanes, each, fitting(max(1, threads // lanes), rows // each), at_once)
 
 
+@dataclass(frozen=True)
+class WarpCut:
+    """How a product on tensor cores is cut (`few.py`): times 16 rows that a warp does at once, steps of 128 columns,
+    warps of a block, which share the columns, and tokens that a block does at once."""
+    each: int
+    steps: int
+    warps: int
+    tokens: int
+
+
+def warps(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1) -> WarpCut | None:
+    """The cut for so many rows and tokens, in a sum over `outer` terms; several `matrices` are read at once. None:
+    better without such units, or not possible. (Measured on an H200.)"""
+    steps = columns // 128
+    few = 1 if outer > 1 else min(tokens, 4 if steps <= 16 else 2)     # more do not fit into the shared memory
+    if not writes_units(device) or rows % 16 or columns % 128 or steps & steps - 1 or outer > 16:
+        return None
+    each = 2 if rows >= 8192 and rows % 32 == 0 and few == 1 and matrices == 1 else 1
+    some = 1 if outer > 1 else fitting(4, max(1, steps // 2))
+    warps = steps // some
+    return WarpCut(each, some, warps, few) if 1 < warps <= 16 and 2 * each * few <= 4 * warps else None
+
+
+def writes_units(device: str) -> bool:
+    """Whether kernels for a few tokens use tensor cores: tried with CUDA alone."""
+    return backend(device) == "CUDA" and has_tensor_cores(device)
+
+
+def speaks_cuda(device: str) -> bool:
+    """Whether expressions in CUDA's own words may stand in a kernel: not in tinygrad's emulator."""
+    return backend(device) == "CUDA" and not device.startswith("PYTHON")
+
+
 def launches(device: str | None, early: bool) -> AbstractContextManager:
     """Within it kernels of graphs that are captured on a device start before the one before them has ended, if `early`
     and where that can be (`overlap`)."""
@@ -127,6 +160,12 @@ def widens_halves(device: str) -> bool:
 def multiplies_subnormals(device: str) -> bool:
     """Whether a device multiplies subnormal numbers, and as fast as others: then quants need not be moved. (Of those
     tried a CPU is slow with them; Metal's compiler may take them for zero.)"""
+    return backend(device) == "CUDA"
+
+
+def norms_inside(device: str) -> bool:
+    """Whether products for a few tokens take the norm of what they read: where a kernel less counts for more than what
+    each of them does over (measured on an H200)."""
     return backend(device) == "CUDA"
 
 

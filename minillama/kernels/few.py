@@ -1,0 +1,216 @@
+"""Products for a few tokens on tensor cores, units that multiply 16 rows of weights with 8 columns of halves.
+
+One token is one column, and seven would stay empty. They are put to use twice. A column holds x as far as a half can,
+its neighbour what that leaves (x = high + low / LOW, right to 22 bits). And of the four lanes that share a unit's rows
+each holds another block of weights, with a scale of its own; so each block gets such a pair of columns, in which the
+other lanes have zeros, and what the unit adds up is never more than one block.
+
+Quants go in as they lie: under a mask, a word is a pair of halves, subnormal ones, and units multiply these as exactly
+as any. That takes less than one instruction a weight; a product in floats takes more than three.
+"""
+from dataclasses import dataclass, replace
+
+from tinygrad import dtypes
+from tinygrad.dtype import AddrSpace
+from tinygrad.uop.ops import AxisType, Ops, UOp
+
+from minillama.kernels.bits import FLOAT, HALF, as_halves, two_halves
+from minillama.kernels.block import const, shared_memory
+from minillama.kernels.layouts import OCTET, Layout, Octet, Pair
+from minillama.kernels.sums import Ahead, Factor, Summed, met, nothing
+from minillama.kernels.tuning import WarpCut
+
+WARP, ROWS, COLUMNS, TERMS = 32, 16, 8, 16      # threads; a unit's rows, columns, and terms that it adds up
+BLOCK = 32                                      # values of a row that a lane takes at once: four octets
+OCTETS = BLOCK // OCTET
+STEP = 4 * BLOCK                                # and a warp
+LOW = 2048.0        # lifts what a half leaves to where halves are precise
+DOWN = 4            # x goes in 2^-4 times as large: halves end at 65,504, so x may reach a million
+SUBNORMAL = 24      # the half whose bits are those of the integer 1 is 2^-24
+ROOM, OF_X, OF_SQUARES, SQUARES = 5, 6, 7, 8    # numbers of rooms that a block's threads share
+INT = dtypes.int
+CELL, ZEROS = 8, 8                              # halves that are read at once; cells that hold zeros
+
+
+def order(layout: Layout) -> list[Pair] | None:
+    """In which pairs an octet's quants come; None: they are not packed so that units could take them."""
+    if layout.block == 1 or layout.span == 0:
+        return None
+    arrays = (UOp.placeholder((1, STEP), part.dtype, n) for n, part in enumerate(layout.parts))
+    return layout.octet(*arrays, const(0), const(0)).pairs()
+
+
+def fits(*layouts: Layout) -> bool:
+    """Whether matrices so packed can be multiplied with the same x at once."""
+    orders = [order(layout) for layout in layouts]
+    return None not in orders and len({tuple((p.first, p.second, p.power) for p in pairs) for pairs in orders}) == 1
+
+
+@dataclass(frozen=True)
+class Board:
+    """The vectors as units want them, in memory that a block's threads share: for each warp, for each `unit` (a step
+    of one vector), 32 cells of 8 halves. A cell holds an octet's halves in the order of its pairs, high or low ones.
+    Which cell is chosen so that lanes that write or read at once use different banks."""
+    lane: UOp
+    warp: UOp
+    warps: int
+    units: int          # of a warp
+    room: UOp
+    of_x: UOp           # sums of x: (all units, blocks of a step, octets)
+    of_squares: UOp     # and of squares
+
+    @classmethod
+    def empty(cls, lane: UOp, warp: UOp, warps: int, units: int) -> "Board":
+        cells = warps * units * WARP + ZEROS
+        rooms = UOp.placeholder((cells * CELL,), HALF, ROOM, AddrSpace.LOCAL), *(
+            shared_memory(n, warps * units, 4, OCTETS) for n in (OF_X, OF_SQUARES))
+        return cls(lane, warp, warps, units, *rooms)
+
+    def places(self, cell: UOp) -> list[UOp]:
+        """A cell's places. (Its number is an int32: then tinygrad sees that they lie side by side.)"""
+        return [self.room.index(cell.cast(dtypes.weakint) * CELL + n) for n in range(CELL)]
+
+    def filled(self, *stores: UOp) -> "Board":
+        """The same when all threads have stored."""
+        ready = UOp.barrier(*stores)
+        return replace(self, room=self.room.after(ready), of_x=self.of_x.after(ready),
+                       of_squares=self.of_squares.after(ready))
+
+    def zeros(self) -> list[UOp]:
+        cell = self.warps * self.units * WARP + (self.lane & (ZEROS - 1)).cast(INT)
+        return [place.store(UOp.const(0.0, HALF)) for place in self.places(cell)]
+
+    def write(self, pairs: list[Pair], unit: UOp, x: list[UOp], plain: list[UOp] | None, device: str) -> list[UOp]:
+        """This lane's octet of x, of the 16 of a unit; `plain`: what squares are taken of."""
+        octet, block, number = self.lane & 3, (self.lane // 4) & 3, self.warp * self.units + unit
+        halves = [two_halves(x[place] * 2.0 ** -(pair.power + DOWN), LOW, device)
+                  for pair in pairs for place in (pair.first, pair.second)]
+        first = (number * WARP).cast(INT)
+        stores = [self.of_x.index(number, block, octet).store(sum(x[1:], x[0]))]
+        for low in range(2):
+            cell = first + cell_of(octet.cast(INT), block.cast(INT), low)
+            stores += [place.store(half[low]) for place, half in zip(self.places(cell), halves, strict=True)]
+        if plain:
+            stores.append(self.of_squares.index(number, block, octet).store(sum(v.square() for v in plain)))
+        return stores
+
+    def read(self, unit: int) -> list[list[UOp]]:
+        """The columns of this lane's row (lane // 4: of a block, high or low), for its own terms: octets' halves, or
+        zeros where the block is not its own."""
+        row, share = (self.lane // 4).cast(INT), (self.lane & 3).cast(INT)
+        block, zero, found = row // 2, self.warps * self.units * WARP, []
+        mine = block.eq(share).cast(INT)
+        first = (self.warp * (self.units * WARP)).cast(INT)
+        for octet in range(OCTETS):
+            start = zero + (cell_of(octet, block, row & 1, of_step=False) ^ (2 - 2 * mine))  # zeros: other banks
+            place = start + mine * (first + (octet * CELL - zero)) + mine * WARP * unit
+            found.append([one.load() for one in self.places(place)])
+        return found
+
+    def sums(self, room: UOp, unit: int) -> list[UOp]:
+        """Of x, or of squares: those of this lane's block, by octet."""
+        return [room.index(self.warp * self.units + unit, self.lane & 3, const(n)).load() for n in range(OCTETS)]
+
+
+def cell_of(octet: UOp | int, block: UOp, low: UOp | int, of_step: bool = True) -> UOp:
+    """Where in a unit's cells an octet of a block lies, its high halves or (low = 1) its low ones: among all of them,
+    or among the eight for octets of the same number."""
+    cell = ((block + octet) & 3) * 2 + (low ^ (block & 1))
+    return octet * CELL + cell if of_step else cell
+
+
+def product(layout: Layout, rows: list[list[Octet]], columns: list[list[UOp]], sums: list[UOp], device: str,
+            ) -> list[UOp]:
+    """What a lane finds of two rows' products: rows (2, octets of a block), columns and sums as `Board` reads them.
+
+    A unit adds up two octets' halves at once; all octets that share a scale go into the same sum.
+    """
+    found, size = [[], []], layout.span // OCTET
+    pairs = [[octet.pairs() for octet in row] for row in rows]
+    for first in range(0, OCTETS, size):
+        total = UOp.stack(*[UOp.const(0.0, FLOAT)] * 4)
+        for n in range(first, first + size):
+            for k in (0, 2):
+                words = [pairs[row][n][k + more].word for more in range(2) for row in range(2)]
+                halves = UOp.stack(*as_halves(words, device))
+                total = UOp.wmma(halves, UOp.stack(*columns[n][2 * k:2 * k + 4]), total, (COLUMNS, ROWS, TERMS),
+                                 "CUDA", WARP)
+        x = sum(sums[first + 1:first + size], sums[first])
+        for row in range(2):
+            high, low = (total.index(const(2 * row + n)) for n in range(2))
+            y = (high + low * (1 / LOW)) * 2.0 ** (SUBNORMAL + DOWN)
+            found[row].append(rows[row][first].scaled(y, x, rows[row][first].bias))
+    return [sum(ys[1:], ys[0]) for ys in found]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Sums along `rows` rows of `columns` columns each, for each of `tokens` tokens, cut as `tuning.warps` says: each
+    warp of a block takes some steps of some times 16 rows."""
+    device: str
+    rows: int
+    columns: int
+    tokens: int
+    cut: WarpCut
+
+    def sums(self, *factors: Factor, outer: int = 1, once: Factor | None = None, ahead: Ahead = nothing) -> Summed:
+        """As `sums.Rows.sums`; the factors have the same x."""
+        c, x, groups = self.cut, factors[0].x, -(-self.tokens // self.cut.tokens)
+        block, lane = UOp.range(self.rows // (c.each * ROWS), 0), UOp.range(WARP, 1, AxisType.LOCAL)
+        warp = UOp.range(c.warps, 2, AxisType.LOCAL)
+        group = UOp.range(groups, 3) if groups > 1 else const(0)
+
+        def token(n: UOp | int) -> UOp:     # the last group may do some tokens once more
+            return (group * c.tokens + n).minimum(self.tokens - 1) if groups > 1 else group + n
+        terms = outer + (once is not None)
+        board = Board.empty(lane, warp, c.warps, terms * c.tokens * c.steps)
+        stores = board.zeros()
+        for n in range(c.tokens):
+            stores += self._write(board, factors[0], token(n), n * terms, outer)
+            stores += self._write(board, once, token(n), n * terms + outer, 1) if once else []
+        share, row = lane & 3, lane // 4                                # of a unit
+        own, at, lanes = c.each * 2 * c.tokens, warp * 4 + share, 4 * c.warps       # of the lanes with the same rows
+        last = at.minimum(own - 1)                                      # what this lane goes on with, of that
+        half = last // c.tokens
+        place = token(last - half * c.tokens), block * (c.each * ROWS) + half * 8 + row
+        soon = ahead(*place)
+        board = board.filled(*stores, *soon)
+        found = [[] for _ in range(len(factors) * c.each * 2 * c.tokens)]
+        squares = [[] for _ in range(c.tokens if x.plain else 0)]
+        for n, step, term in ((n, s, t) for n in range(c.tokens) for s in range(c.steps) for t in range(terms)):
+            unit = (n * terms + term) * c.steps + step
+            columns, sums = board.read(unit), board.sums(board.of_x, unit)
+            if x.plain and term == 0:
+                squares[n] += board.sums(board.of_squares, unit)
+            first = (warp * c.steps + step) * (STEP // OCTET) + share * OCTETS
+            for i, factor in enumerate(factors if term < outer else [once]):
+                for r in range(c.each):
+                    rows = [factor.row((block * c.each + r) * ROWS + half * 8 + row, const(term)) for half in range(2)]
+                    octets = [[factor.layout.octet(*factor.arrays, one, first + o) for o in range(OCTETS)]
+                              for one in rows]
+                    for half, y in enumerate(product(factor.layout, octets, columns, sums, self.device)):
+                        found[((i * c.each + r) * 2 + half) * c.tokens + n].append(y)
+        room = shared_memory(SQUARES, c.tokens, lanes)
+        sums, ready = met([sum(ys[1:], ys[0]) for ys in found], at, lanes, row, WARP // 4, tuple(
+            room.index(const(n), at).store(sum(xs)) for n, xs in enumerate(squares)))
+        totals = [sums(last + i * own) for i in range(len(factors))]
+        if x.plain:
+            n, room = last - half * c.tokens, room.after(ready)
+            squares = sum(room.index(n, const(other)).load() for other in range(lanes))
+            scale = x.scale(squares, self.columns)
+            totals = [y * scale for y in totals]
+        # lanes that have none of their own write the last one's result once more: tinygrad 0.14 loses some conditions
+        return Summed(totals, place[1], place[0], place[1],
+                      tuple(r for r in (block, lane, warp, group) if r.op is Ops.RANGE), (), soon)
+
+    def _write(self, board: Board, factor: Factor, token: UOp, vector: int, terms: int) -> list[UOp]:
+        """The stores of a token's vectors, one for each term: a warp does two units at once."""
+        c, x, pairs, stores, second = self.cut, factor.x, order(factor.layout), [], board.lane // 16
+        for n in range(0, terms * c.steps, 2):
+            unit = (n + second).minimum(terms * c.steps - 1)
+            term, step = (const(n // c.steps), n % c.steps + second) if c.steps > 1 else (unit, const(0))
+            octet = (board.warp * c.steps + step) * (STEP // OCTET) + (board.lane & 15)
+            values = [x.value(token, term, octet, k) for k in range(OCTET)]
+            plain = [x.plain(token, term, octet, k) for k in range(OCTET)] if x.plain else None
+            stores += board.write(pairs, vector * c.steps + unit, values, plain, self.device)
+        return stores
