@@ -144,12 +144,16 @@ def multiprocessors(device: str) -> int:
     return count.value
 
 
+def with_wait(program: UOp, device: str, fresh: frozenset[int], early: frozenset[int]) -> str:
+    """The program's source with the wait in it."""
+    share = -(-blocks_of(program) // multiprocessors(device))
+    return waiting(program.src[2].arg, fresh, *((early, share) if share <= SHARE else ()))
+
+
 @cache
 def waiting_runtime(program: UOp, device: str, fresh: frozenset[int], early: frozenset[int]):
     """The program with the wait in it, compiled and loaded."""
-    share = -(-blocks_of(program) // multiprocessors(device))
-    few = (early, share) if share <= SHARE else ()
-    lib = Device[device].compiler.compile_cached(waiting(program.src[2].arg, fresh, *few))
+    lib = Device[device].compiler.compile_cached(with_wait(program, device, fresh, early))
     return Device[device].runtime(replace(program.to_elf(), lib=lib))
 
 
