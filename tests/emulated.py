@@ -4,7 +4,8 @@ test_render.py, with DEV=PYTHON::sm_90 or DEV=PYTHON::METAL.
     python emulated.py CUDA|METAL FORMAT
 
 Prints, for a dense product, for tiles of experts and for a prompt's attention, the largest difference from the twin,
-relative to its largest value.
+relative to its largest value. With CUDA then the same for a few tokens: a product, one of what has no norm yet, both
+halves of the chosen experts' networks.
 """
 import sys
 
@@ -12,7 +13,7 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from minillama.attention import BLOCK, attend, attend_in_blocks
-from minillama.kernels import groups, product, tensor_cores, tuning
+from minillama.kernels import few, groups, product, tensor_cores, tuning
 from minillama.shapes import hashed, random_packed
 
 BACKEND, FORMAT = sys.argv[1:]
@@ -21,6 +22,26 @@ EXPERTS, WIDTH, TOKENS, USED = 3, 64, 16, 2
 
 def off(got: Tensor, want: Tensor) -> float:
     return float(np.abs(got.numpy() - want.numpy()).max() / np.abs(want.numpy()).max())
+
+
+def few_tokens(fill) -> None:
+    """Sums over two steps of 128 columns by two warps; three tokens, and experts' halves for two."""
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> Tensor:
+        return Tensor(rng.standard_normal(shape, dtype=np.float32)).realize()
+    weight, x = random_packed(FORMAT, (32, 256), 0.1, fill), normal(3, 256)
+    normed = product.Normed((x * 3).realize(), normal(256), 1e-6)
+    assert isinstance(product.sums_along(weight, tokens=3), few.Units)
+    print(off(product.linear(x, weight, residual := normal(3, 32)), product.linear_twin(x, weight, residual)))
+    print(off(product.linear(normed, weight), product.linear_twin(normed.values(), weight)))
+    gate, up, down = (random_packed(FORMAT, (EXPERTS, 32, 256), 0.1, fill) for _ in range(3))
+    ids = Tensor([[2, 0], [1, 2]], dtype="int32").realize()
+    share = Tensor(rng.random((2, 2), dtype=np.float32)).realize()
+    x, routed, shared = normal(2, 256), normal(2, USED, 256), random_packed(FORMAT, (32, 256), 0.1, fill)
+    print(off(product.gated(x, gate, up, ids, share), product.gated_twin(x, gate, up, ids, share)))
+    want = product.mixed_twin(routed, down, ids) + product.linear_twin(x, shared)
+    print(off(product.mixed(routed, down, ids, None, (x, shared)), want))
 
 
 def main() -> None:
@@ -41,6 +62,8 @@ def main() -> None:
     start = UOp.variable("start", 0, BLOCK).bind(BLOCK - 5)     # the text ends in the second block
     got, seen = attend_in_blocks(q, keys, values, start), BLOCK - 5 + TOKENS
     print(off(got, attend(q, keys[:seen], values[:seen], BLOCK - 5)))
+    if BACKEND == "CUDA" and FORMAT != "F16":
+        few_tokens(fill)
 
 
 if __name__ == "__main__":

@@ -89,12 +89,13 @@ def test_more_tokens_than_a_ring_has_room_for_are_refused():
 
 @pytest.mark.parametrize("form", ("loops", "threads"))
 @pytest.mark.parametrize(("tokens", "position", "kv_heads", "dim"), (
-    (1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128), (5, 62, 1, 32), (1, 30, 4, 64), (2, 15, 2, 512)))
+    (1, 0, 2, 128), (1, 70, 1, 64), (3, 126, 2, 128), (5, 62, 1, 32), (1, 30, 4, 64), (2, 15, 2, 512),
+    (3, 290, 2, 64)))
 def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, tokens, position, kv_heads, dim,
                                                                          monkeypatch):
     if form == "threads":
         threads_share(monkeypatch)
-    heads, half, positions = 4, 16, 200
+    heads, half, positions = 4, 16, 300
     k, v = 2 * heads * dim, (2 * heads + kv_heads) * dim        # first columns of the projection [q | k | v]
     source, weight, other = tensor(tokens, v + kv_heads * dim), tensor(dim), tensor(dim, seed=1)
     table = tensor(positions, 2, half, seed=2)

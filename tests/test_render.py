@@ -67,11 +67,11 @@ def test_products_of_halves_use_the_units_for_them_and_read_what_lies_side_by_si
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own halves, which the emulator needs, came with 3.12")
-@pytest.mark.parametrize("format", ("Q4_0", "F16"))
+@pytest.mark.parametrize("format", ("Q4_0", "Q8_0", "Q5_1", "F16"))
 @pytest.mark.parametrize(("backend", "arch"), (("CUDA", "sm_90"), ("METAL", "METAL")))
 def test_emulated_tensor_cores_give_the_twins_products(backend, arch, format):
     command = [sys.executable, str(Path(__file__).parent / "emulated.py"), backend, format]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DEV": f"PYTHON::{arch}"})
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [float(line) for line in done.stdout.split()]
-    assert len(errors) == 3 and max(errors) < 5e-6, errors
+    assert len(errors) == 3 + 4 * (backend == "CUDA" and format != "F16") and max(errors) < 5e-6, errors
