@@ -104,8 +104,7 @@ def bench_table(results: list[Result]) -> str:
     for result in results:
         for row in result.rows:
             beside = LLAMA_CPP.get(row.name, "–") if "H100" in result.device.name else "–"
-            machine = device_of(result) + result.model.name.removeprefix(BENCHED).replace(" ", ", ", 1)
-            lines.append([machine, result.model.format, row.name, f"{speed(row):,.0f}", beside])
+            lines.append([device_of(result), result.model.format, row.name, f"{speed(row):,.0f}", beside])
     return markdown(lines)
 
 
@@ -154,9 +153,11 @@ def bandwidth_section(result: Result) -> list[str]:
     launch = next((f" (that of a matrix of 4 KB takes {median(row.samples_ns) / 1e3:.1f} µs)" for row in result.rows
                    if row.name.startswith("launch")), "")
     early = any("nanoseconds_apart" in row.values for row in result.rows)
-    return [f"How fast packed weights are read, {device_of(result)}, {result.model.name}'s shapes: GB/s for one token "
-            f"and the share of what a copy reads and writes here ({copy:,.0f} GB/s; –: not measured). Each launch "
-            f"waits for the one before, as in the model{', and starts while that one ends (chapter 17)' * early}, and "
+    shapes, _, state = result.model.name.partition(" ")
+    machine = f"{state}, {device_of(result)}" if state else device_of(result)
+    return [f"How fast packed weights are read, {machine}, {shapes}'s shapes: GB/s for one token and the share of "
+            f"what a copy reads and writes here ({copy:,.0f} GB/s; –: not measured). Each launch waits for the one "
+            f"before, as in the model{', and starts while that one ends (chapter 17)' * early}, and "
             f"its start is in its time{launch}; each reads other weights than the one "
             f"before, so that no cache holds them:", bandwidth_table(result),
             "Several tokens at once (drafts), microseconds a launch; experts are others for every token:",
@@ -185,7 +186,7 @@ def results_section() -> str:
            formats_table(files)] if files else []),
         "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
         "the same kind of GPU:",
-        bench_table([result for result in benches if result.model.name in (BENCHED, f"{BENCHED} kernels apart")]),
+        bench_table([result for result in benches if result.model.name == BENCHED]),
         *(part for result in bandwidths for part in bandwidth_section(result)),
         *drafts_section(read_results("drafts", local=False), read_results("mtp", local=False))]
     ) if ladders and copies else "*No results are stored yet.*"

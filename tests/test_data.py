@@ -12,6 +12,7 @@ import pytest
 from minillama.config import ModelConfig, check_tensors
 from minillama.export import model_config, tensor_shapes
 from minillama.gguf import GGUF
+from minillama.kernels import overlap
 from minillama.quantize import choose_formats, quantize
 from minillama.tokenizer import Tokenizer
 
@@ -21,6 +22,7 @@ import card  # noqa: E402
 import completions  # noqa: E402
 import kernel_profile  # noqa: E402
 import quality  # noqa: E402
+import timeline  # noqa: E402
 
 REFERENCE = Path(os.environ.get("MINILLAMA_REFERENCE", Path(__file__).parent / "reference"))
 CONVERTED = REFERENCE / "ref-a-F32.gguf"
@@ -211,3 +213,18 @@ def test_a_profile_is_read_kernel_by_kernel_behind_whatever_stands_before_its_ta
     assert (a.name, a.samples_ns, a.values["registers"]) == ("now: a", [1952, 2048], 16)
     assert a.values["waits_for_memory"] == 0.5
     assert (b.name, b.samples_ns, b.values["threads"], b.values["waits_for_memory"]) == ("now: b", [500], 1024, 0)
+
+
+def test_a_kernel_notes_its_times_where_it_enters_is_released_and_ends():
+    source = 'extern "C" __global__ void k(float* a) {\n  int b = 1;\n' + overlap.WAIT + "\n  a[0] = b;\n}"
+    made = timeline.marked(source, [16, 24, 32, 40])
+    assert made.index("0x10ULL") < made.index("int b") < made.index(overlap.WAIT) < made.index("0x18ULL")
+    assert made.index("0x20ULL") < made.index("a[0] = b") < made.index("0x28ULL") and made.endswith("\n}")
+    assert (made.count("atomicMin"), made.count("atomicMax")) == (2, 2)
+
+
+def test_times_in_the_chain_count_from_the_end_of_the_kernel_before():
+    times = np.array([[[0, 0, 0, 100], [90, 110, 120, 150], [140, 160, 170, 260]]] * 3)      # tokens, kernels, marks
+    rows = timeline.rows_of("now", ["a", "b", "b"], times)
+    assert [(row.name, row.samples_ns) for row in rows] == [("now: b", [50, 110])]
+    assert rows[0].values == {"enter": -10, "release": 10, "last_release": 20, "end": 80}
