@@ -4,9 +4,9 @@
     writes data/results/timeline-<model>-<device>.json, beside what it holds under other names
 
 A profiler runs kernels one by one, and so sees nothing of what happens between them. Here each kernel of the captured
-graph is compiled with marks in it, at which the first thread of each block reads the GPU's clock (it ticks every 32 ns):
-where the first block enters, where the first and the last are over their wait, and where the last ends. Random weights, eight layers: six of the one kind
-and two of the other.
+graph is compiled with marks in it, at which the first thread of each block reads the GPU's clock (it ticks every 32
+ns): where the first block enters, where the first and the last are over their wait, and where the last ends. Random
+weights, eight layers: six of the one kind and two of the other.
 """
 import sys
 from collections import defaultdict
