@@ -19,6 +19,13 @@ QUANTS = [name for name, layout in LAYOUTS.items() if layout.block > 1]
 SHARED = 48 * 1024      # bytes that a block can have without asking
 
 
+def shared(source: str) -> int:
+    """Bytes that a rendered kernel's blocks share."""
+    sizes = {"half": 2, "float": 4}
+    rooms = re.findall(r"__shared__ __align__\(16\) (\w+) \w+\[(\d+)\]", source)
+    return sum(sizes[kind] * int(count) for kind, count in rooms)
+
+
 @pytest.mark.parametrize("format", QUANTS)
 def test_pairs_of_quants_are_the_quants_as_halves_would_hold_them(format):
     """As bits: a half below 2^-14 is its bits times 2^-24."""
@@ -48,19 +55,34 @@ def test_only_quants_that_lie_alike_are_multiplied_with_the_same_x():
 
 
 @pytest.mark.parametrize("format", ("Q4_0", "Q6_K", "Q8_0"))
-@pytest.mark.parametrize(("rows", "columns"), ((12352, 2048), (2048, 4096), (512, 256)))
+@pytest.mark.parametrize(("rows", "columns"), ((12352, 2048), (2048, 4096), (512, 256), (4096, 8192), (12288, 8192)))
 @pytest.mark.parametrize("tokens", (1, 2, 3, 8, 16))
 def test_products_for_a_few_tokens_use_units_and_no_more_shared_memory_than_there_is(format, rows, columns, tokens):
     x = product.Normed(empty(tokens, columns), empty(columns), 1e-6)
     weight = unfilled(format, rows, columns)
     source = sources(product.linear(x, weight))[0]
-    cut = tuning.warps("CUDA", rows, columns, tokens)
+    assert shared(source) <= SHARED
+    if (cut := tuning.warps("CUDA", rows, columns, tokens)) is None:
+        assert columns == 8192 and "mma.sync" not in source     # too much for a block
+        return
     # a unit takes 16 rows, 16 terms and one token, with x in two parts
     units = rows // 16 * columns // 16 * min(tokens, cut.tokens) // (rows // (16 * cut.each) * cut.warps)
     assert source.count("= __WMMA_") == units and "mma.sync.aligned.m16n8k16" in source
-    sizes = {"half": 2, "float": 4}
-    rooms = re.findall(r"__shared__ __align__\(16\) (\w+) \w+\[(\d+)\]", source)
-    assert sum(sizes[kind] * int(count) for kind, count in rooms) <= SHARED
+
+
+@pytest.mark.parametrize(("used", "width", "units"), ((10, 512, True), (8, 1024, True), (10, 1024, False),
+                                                      (8, 2048, False), (2, 2048, True)))
+def test_sums_over_experts_use_units_where_a_block_has_room_for_all_vectors(used, width, units):
+    down, shared_down = unfilled("Q4_0", 16, 512, width), unfilled("Q4_0", 512, width)
+    source = sources(product.mixed(empty(1, used, width), down, empty(1, used, dtype=dtypes.int32), empty(1, 512),
+                                   (empty(1, width), shared_down)))[0]
+    assert ("mma.sync" in source) is units and shared(source) <= SHARED
+
+
+def test_units_that_add_up_other_numbers_of_terms_are_left_alone(monkeypatch):
+    """Turing's take eight."""
+    monkeypatch.setattr(tuning, "has_tensor_cores", lambda device, terms=0: terms in (0, 8))
+    assert tuning.warps("CUDA", 2048, 2048, 1) is None
 
 
 @pytest.mark.parametrize("tokens", (1, 3))

@@ -116,7 +116,8 @@ def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, t
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "can"), (
-    (16, 2, 256, True), (24, 4, 256, True), (4, 2, 32, True), (4, 2, 96, False), (4, 2, 2, False), (99, 1, 64, False)))
+    (16, 2, 256, True), (24, 4, 256, True), (4, 2, 32, True), (4, 2, 96, False), (4, 2, 2, False), (99, 1, 64, False),
+    (32, 2, 256, True), (64, 1, 256, False), (40, 2, 4, False)))
 def test_attention_knows_which_heads_it_can_divide(heads, kv_heads, dim, can):
     assert attention.fits(heads, kv_heads, dim) is can
     if not can:

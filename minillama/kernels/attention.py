@@ -24,15 +24,25 @@ AT_ONCE = 16            # parts that are summed up at once, so that a thread wai
 NOWHERE = -1e30     # a score that weighs nothing
 
 
-def threads_of(dim: int, positions: int) -> tuple[int, int]:
-    """Positions of a part, and the lanes that share one."""
+def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
+    """Positions of a part, the lanes that share one, and how many scores each thread finds, for so many query heads
+    that share keys. No lanes: they would want more memory than a block has."""
     size = SHORT if positions <= MANY else LONG
-    return size, fitting(max(LANES, THREADS // size), dim // 4)
+    lanes = fitting(max(LANES, THREADS // size), max(1, dim // 4))
+    while lanes and 4 * share * (dim + lanes * size + 2 * size) > tuning.SHARED:
+        lanes //= 2
+    each = 1
+    while lanes and each * lanes < share:
+        each *= 2
+    return size, lanes, each
 
 
 def fits(heads: int, kv_heads: int, dim: int) -> bool:
     """Whether `attend` can divide heads of that many dimensions among its threads."""
-    return dim & dim - 1 == 0 and 4 <= dim <= 1024 and heads // kv_heads * dim % 4 == 0 and heads // kv_heads <= 64
+    share = heads // kv_heads
+    cuts = [threads_of(share, dim, positions) for positions in (MANY, MANY + 1)]
+    return dim & dim - 1 == 0 and 4 <= dim <= 1024 and share * dim % 4 == 0 and all(
+        lanes and each <= size for size, lanes, each in cuts)
 
 
 def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
@@ -96,13 +106,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
     if not fits(heads, kv_heads, dim):
         raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
-    device, share, (size, lanes) = q.device, heads // kv_heads, threads_of(dim, positions)
+    device, share = q.device, heads // kv_heads
+    size, lanes, each = threads_of(share, dim, positions)
     here, threads = -(-positions // size), size * lanes
     parts = here + -here % AT_ONCE
     teams = fitting(max(1, threads // dim), share)      # that divide the heads among them
-    each = 1                                            # scores of a thread
-    while each * threads < size * share:
-        each *= 2
 
     def part_kernel(out: UOp, best: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
         token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(here, 2)

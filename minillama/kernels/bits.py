@@ -8,7 +8,7 @@ from tinygrad.uop.ops import Ops, UOp
 from minillama.kernels import tuning
 
 WORD, BITS, HALF, FLOAT = dtypes.uint32, dtypes.uint16, dtypes.half, dtypes.float32
-EXPONENT, MANTISSA = 0x7c00, 0x03ff     # of a half
+EXPONENT, MANTISSA, LARGEST = 0x7c00, 0x03ff, 65504.0       # of a half
 TOP, ONE = 23, 0x3F800000               # of a float32: the bits of its mantissa; the bits of 1.0
 SUBNORMAL = 149                         # the float32 number whose bits are those of the integer 1 is 2^-149
 
@@ -58,12 +58,16 @@ def as_halves(words: list[UOp], device: str) -> list[UOp]:
 
 
 def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
-    """x as two halves, x = first + second / low. (What the first one holds is asked of CUDA in its own words: tinygrad
-    takes a float that became a half and a float again for what it was.)"""
+    """x as two halves, x = first + second / low; what is beyond the largest half is taken for that. (What the first
+    one holds is asked of CUDA in its own words: tinygrad takes a float that became a half and a float again for what
+    it was.)"""
+    if tuning.speaks_cuda(device):
+        x = UOp(Ops.CUSTOMI, FLOAT, (x,), f"fmaxf(fminf({{0}}, {LARGEST}f), -{LARGEST}f)")
+        first = x.cast(HALF)
+        return first, ((x - UOp(Ops.CUSTOMI, FLOAT, (first,), "__half2float({0})")) * low).cast(HALF)
+    x = x.maximum(-LARGEST).minimum(LARGEST)
     first = x.cast(HALF)
-    held = (UOp(Ops.CUSTOMI, FLOAT, (first,), "__half2float({0})") if tuning.speaks_cuda(device) else
-            half_to_float(first.bitcast(BITS).cast(WORD)))
-    return first, ((x - held) * low).cast(HALF)
+    return first, ((x - half_to_float(first.bitcast(BITS).cast(WORD))) * low).cast(HALF)
 
 
 def load(array: UOp, *index: UOp) -> UOp:

@@ -70,7 +70,7 @@ def sums_along(*weights: Packed, tokens: int, rows: int = 0, times: int = 1, out
     too. On tensor cores, where they can be used."""
     first, matrices = weights[0], len(weights)
     rows = rows or first.rows
-    cut = tuning.warps(first.device, rows, first.columns, tokens, matrices, outer)
+    cut = tuning.warps(first.device, rows, first.columns, tokens, matrices, outer, len(besides))
     if cut and few.fits(*(weight.layout for weight in weights + besides)):
         return Units(first.device, rows, first.columns, tokens, cut)
     octets = first.columns // OCTET

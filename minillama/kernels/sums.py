@@ -158,9 +158,7 @@ def met(found: list[UOp], lane: UOp, lanes: int, bundle: UOp, bundles: int, besi
         ) -> tuple[Callable[[UOp], UOp], UOp]:
     """All lanes of a bundle have found so many values each: sums over them, by the value's number; and the barrier
     where they met, which waits for stores and reads `besides`, too."""
-    count, shares = len(found), 1                   # lanes that share a value at the first meeting
-    while 2 * shares * count <= lanes and shares * shares < lanes:
-        shares *= 2
+    count, shares = len(found), tuning.sharers(len(found), lanes)
     board = shared_memory(BOARD, bundles, lanes, count)
     ready = UOp.barrier(*(board.index(bundle, lane, const(n)).store(x) for n, x in enumerate(found)), *besides)
     board = board.after(ready)

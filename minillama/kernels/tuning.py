@@ -111,22 +111,43 @@ class WarpCut:
     tokens: int
 
 
-def warps(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1) -> WarpCut | None:
-    """The cut for so many rows and tokens, in a sum over `outer` terms; several `matrices` are read at once. None:
-    better without such units, or not possible. (Measured on an H200.)"""
+SHARED = 48 * 1024      # bytes that the threads of a block can share
+
+
+def sharers(values: int, lanes: int) -> int:
+    """Lanes that share a value where so many meet, each with so many values (`sums.met`): 1, or a power of two."""
+    shares = 1
+    while 2 * shares * values <= lanes and shares * shares < lanes:
+        shares *= 2
+    return shares
+
+
+def shared_bytes(cut: WarpCut, matrices: int, terms: int) -> int:
+    """What a block so cut wants, at most, in a sum over so many terms: `few.Board`, and what `sums.met` wants."""
+    units, lanes, values = cut.warps * cut.steps * cut.tokens * terms, 4 * cut.warps, 2 * cut.each * cut.tokens
+    meeting = 8 * matrices * values * (lanes + sharers(matrices * values, lanes))
+    return units * (512 + 2 * 64) + 128 + 4 * (meeting + cut.tokens * lanes)
+
+
+def warps(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1,
+          more: int = 0) -> WarpCut | None:
+    """The cut for so many rows and tokens, in a sum over `outer` terms and some `more`; several `matrices` are read
+    at once. None: better without such units, or not possible. (Measured on an H200.)"""
     steps = columns // 128
-    few = 1 if outer > 1 else min(tokens, 4 if steps <= 16 else 2)     # more do not fit into the shared memory
     if not writes_units(device) or rows % 16 or columns % 128 or steps & steps - 1 or outer > 16:
         return None
-    each = 2 if rows >= 8192 and rows % 32 == 0 and few == 1 and matrices == 1 else 1
     some = 1 if outer > 1 else fitting(4, max(1, steps // 2))
-    warps = steps // some
-    return WarpCut(each, some, warps, few) if 1 < warps <= 16 and 2 * each * few <= 4 * warps else None
+    for few in range(1 if outer > 1 else min(tokens, 4), 0, -1):
+        each = 2 if rows >= 8192 and rows % 32 == 0 and few == 1 and matrices == 1 else 1
+        cut = WarpCut(each, some, steps // some, few)
+        if shared_bytes(cut, matrices, outer + more) <= SHARED:
+            return cut if 1 < cut.warps <= 16 and 2 * each * few <= 4 * cut.warps else None
+    return None
 
 
 def writes_units(device: str) -> bool:
-    """Whether kernels for a few tokens use tensor cores: tried with CUDA alone."""
-    return backend(device) == "CUDA" and has_tensor_cores(device)
+    """Whether kernels for a few tokens use tensor cores: units that add up 16 terms, tried with CUDA alone."""
+    return backend(device) == "CUDA" and has_tensor_cores(device, 16)
 
 
 def speaks_cuda(device: str) -> bool:
@@ -184,16 +205,17 @@ def copying(device: str, size: int) -> tuple[Opt, ...] | None:
 
 
 @cache
-def has_tensor_cores(device: str) -> bool:
-    """Whether a device has units that multiply matrices of halves and add up floats; one that is not here, for which
-    kernels are only rendered, has those of its backend."""
+def has_tensor_cores(device: str, terms: int = 0) -> bool:
+    """Whether a device has units that multiply matrices of halves and add up floats (so many `terms` at once, if that
+    is given); one that is not here, for which kernels are only rendered, has those of its backend."""
     if backend(device) not in ("CUDA", "NV", "METAL"):
         return False
     try:
         units = Device[device].renderer.tensor_cores
     except Exception:       # whatever a missing driver raises: it differs by backend
         return True
-    return any((unit.dtype_in, unit.dtype_out) == (dtypes.half, dtypes.float) for unit in units)
+    return any((unit.dtype_in, unit.dtype_out) == (dtypes.half, dtypes.float) and terms in (0, unit.dims[2])
+               for unit in units)
 
 
 def multiplies_halves(device: str, rows: int) -> bool:
