@@ -1,9 +1,9 @@
 """Products for a few tokens on tensor cores, units that multiply 16 rows of weights with 8 columns of halves.
 
 One token is one column, and seven would stay empty. They are put to use twice. A column holds x as far as a half can,
-its neighbour what that leaves (x = high + low / LOW, right to 22 bits). And of the four lanes that share a unit's rows
-each holds another block of weights, with a scale of its own; so each block gets such a pair of columns, in which the
-other lanes have zeros, and what the unit adds up is never more than one block.
+its neighbour what that leaves (x = high + low / LOW, right to 22 bits, or to 2^-27 where x is small). And of the four
+lanes that share a unit's rows each holds another block of weights, with a scale of its own; so each block gets such a
+pair of columns, in which the other lanes have zeros, and what the unit adds up is never more than one block.
 
 Quants go in as they lie: under a mask, a word is a pair of halves, subnormal ones, and units multiply these as exactly
 as any. That takes less than one instruction a weight; a product in floats takes more than three.

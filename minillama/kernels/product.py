@@ -1,8 +1,9 @@
 """Products with packed weights for a few tokens: each weight is read once and unpacked where it is used.
 
-A row of weights meets the tokens octet by octet; quants are summed before their scale is applied. `linear` is the
-plain product; `gated` is the first half of the chosen experts' SwiGLU networks, `shared_gated` that of the
-expert that sees every token, `mixed` the chosen experts' second half, added up.
+A row of weights meets the tokens octet by octet; quants are summed before their scale is applied (`sums.py`; on tensor
+cores, where they can be used: `few.py`). `linear` is the plain product; `gated` is the first half of the chosen
+experts' SwiGLU networks, `shared_gated` that of the expert that sees every token, `mixed` the chosen experts' second
+half, added up.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
