@@ -27,7 +27,7 @@ from minillama.layers import linear
 from minillama.measure import Counts, calls_of, synchronize
 from minillama.model import forward, place_of
 from minillama.recipe import CHOICES, Recipe
-from minillama.results import RESULTS, Model, Result, Row, read_result, write_result
+from minillama.results import Model, Result, Row, beside_stored, write_result
 from minillama.shapes import random_weights, shape_config
 from minillama.weights import ModelWeights, load_weights
 
@@ -147,13 +147,9 @@ def main() -> None:
         gc.collect()
         return Engine(weights, config, replace(Recipe(), **changes), context=max(lengths) + args.n)
 
-    path = RESULTS / Result.here("mtp", model, []).filename
-    before_now = read_result(path).rows if path.exists() else []
-
     def save() -> None:
-        names = {row.name for row in rows}
-        both = [row for row in before_now if row.name not in names] + rows
-        write_result(Result.here("mtp", model, sorted(both, key=in_order)), local=False)
+        result = beside_stored(Result.here("mtp", model, rows))
+        write_result(replace(result, rows=sorted(result.rows, key=in_order)), local=False)
     drafts = [int(part) for part in args.drafts.split(",") if part]
     if drafts:
         rows += generation(engine(), args.n, 0, [None], args.r)

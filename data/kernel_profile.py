@@ -16,7 +16,7 @@ from pathlib import Path
 from minillama.bench import Bench
 from minillama.engine import Engine
 from minillama.measure import synchronize
-from minillama.results import RESULTS, Model, Result, Row, read_result, write_result
+from minillama.results import Model, Result, Row, beside_stored, write_result
 from minillama.shapes import random_weights, shape_config
 
 SHAPE, LAYERS, FORMAT = "qwen3-next-80b-a3b", 4, "Q4_0"
@@ -62,9 +62,8 @@ def rows_of(path: Path, name: str) -> list[Row]:
 def keep(path: str, name: str) -> None:
     new = rows_of(Path(path), name)
     model = Model(f"{SHAPE} {LAYERS} of {shape_config(SHAPE).layers} layers", FORMAT, LAYERS)
-    before = RESULTS / Result.here("profile", model, []).filename
-    rows = [row for row in read_result(before).rows if not row.name.startswith(f"{name}: ")] if before.exists() else []
-    print("wrote", write_result(Result.here("profile", model, rows + new), local=False))
+    result = beside_stored(Result.here("profile", model, new), lambda name: name.split(": ")[0])
+    print("wrote", write_result(result, local=False))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tinygrad.uop.ops import UOp
 from minillama.engine import Engine
 from minillama.kernels import overlap
 from minillama.measure import synchronize
-from minillama.results import RESULTS, Model, Result, Row, read_result, write_result
+from minillama.results import Model, Result, Row, beside_stored, write_result
 from minillama.shapes import random_weights, shape_config
 
 SHAPE, LAYERS, FORMAT = "qwen3-next-80b-a3b", 8, "Q4_0"
@@ -39,9 +39,9 @@ def mark(kind: str, address: int) -> str:
 def marked(source: str, addresses: list[int]) -> str:
     """A kernel with the wait in it, and with marks."""
     enter, *released, end = (mark(kind, at) for kind, at in zip(MARKS.values(), addresses, strict=True))
-    head, body = source[:source.index("{\n", source.index('extern "C"')) + 2], source[source.index(
-        "{\n", source.index('extern "C"')) + 2:source.rindex("}")]
-    return head + enter + "\n" + body.replace(overlap.WAIT, overlap.WAIT + "".join(released), 1) + end + "\n}"
+    begin, last = overlap.SIGNATURE.search(source).end(), source.rindex("}")
+    body = source[begin:last].replace(overlap.WAIT, overlap.WAIT + "".join(released), 1)
+    return source[:begin] + enter + "\n" + body + end + "\n}"
 
 
 @dataclass
@@ -96,9 +96,8 @@ def rows_of(name: str, kernels: list[str], times: np.ndarray) -> list[Row]:
 def main(name: str) -> None:
     rows = rows_of(name, *measured())
     model = Model(f"{SHAPE} {LAYERS} of {shape_config(SHAPE).layers} layers", FORMAT, LAYERS)
-    path = RESULTS / Result.here("timeline", model, []).filename
-    before = [row for row in read_result(path).rows if not row.name.startswith(f"{name}: ")] if path.exists() else []
-    print("wrote", write_result(Result.here("timeline", model, before + rows), local=False))
+    result = beside_stored(Result.here("timeline", model, rows), lambda name: name.split(": ")[0])
+    print("wrote", write_result(result, local=False))
     for row in rows:
         print(f"{row.name:<60}{len(row.samples_ns):>3}", *(f"{what} {row.values[what]:7.0f}" for what in MARKS))
 

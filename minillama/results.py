@@ -9,7 +9,8 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -171,6 +172,13 @@ def write_result(result: Result, local: bool = True) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def beside_stored(result: Result, part: Callable[[str], str] = str) -> Result:
+    """The result behind what its stored file holds besides: rows of other names, or of names with another `part`."""
+    path, measured = RESULTS / result.filename, {part(row.name) for row in result.rows}
+    before = [row for row in read_result(path).rows if part(row.name) not in measured] if path.exists() else []
+    return replace(result, rows=before + result.rows)
 
 
 def read_result(path: str | Path) -> Result:

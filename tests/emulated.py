@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from minillama.attention import BLOCK, attend, attend_in_blocks
-from minillama.kernels import few, groups, product, tensor_cores, tuning
+from minillama.kernels import few, groups, norm, product, tensor_cores, tuning
 from minillama.shapes import hashed, random_packed
 
 BACKEND, FORMAT = sys.argv[1:]
@@ -34,7 +34,8 @@ def few_tokens(fill) -> None:
     normed = product.Normed((x * 3).realize(), normal(256), 1e-6)
     assert isinstance(product.sums_along(weight, tokens=3), few.Units)
     print(off(product.linear(x, weight, residual := normal(3, 32)), product.linear_twin(x, weight, residual)))
-    print(off(product.linear(normed, weight), product.linear_twin(normed.values(), weight)))
+    want = product.linear_twin(norm.rms_norm_twin(normed.x, normed.weight, normed.eps), weight)
+    print(off(product.linear(normed, weight), want))
     gate, up, down = (random_packed(FORMAT, (EXPERTS, 32, 256), 0.1, fill) for _ in range(3))
     ids = Tensor([[2, 0], [1, 2]], dtype="int32").realize()
     share = Tensor(rng.random((2, 2), dtype=np.float32)).realize()

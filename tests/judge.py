@@ -10,13 +10,12 @@ that FOLDER does not hold stay in the file.
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from minillama.engine import Engine
-from minillama.results import RESULTS, Model, Result, Row, read_result, write_result
+from minillama.results import Model, Result, Row, beside_stored, write_result
 
 TOLERANCE = {"F32": 5e-4}       # every other format: 2e-3
 FORMATS = {"ref-a": ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
@@ -71,13 +70,6 @@ def judge(folder: Path, model: str) -> Result:
     return Result.here("oracle", Model(model, "all", engine.config.layers), rows)
 
 
-def kept(result: Result) -> Result:
-    """The result with the stored rows of formats that this run had no files of."""
-    path, judged = RESULTS / result.filename, {row.name.split()[0] for row in result.rows}
-    before = [row for row in read_result(path).rows if row.name.split()[0] not in judged] if path.exists() else []
-    return replace(result, rows=before + result.rows)
-
-
 def main(folder: str | None = None) -> None:
     here = Path(folder or os.environ.get("MINILLAMA_REFERENCE") or Path(__file__).parent / "reference")
     failed = 0
@@ -85,7 +77,7 @@ def main(folder: str | None = None) -> None:
         if (here / f"{model}.npz").exists():
             result = judge(here, model)
             failed += sum(row.values["difference"] > row.values["tolerance"] for row in result.rows)
-            print("wrote", write_result(kept(result), local=False))
+            print("wrote", write_result(beside_stored(result, lambda name: name.split()[0]), local=False))
     sys.exit(f"{failed} checks failed" if failed else None)
 
 

@@ -323,3 +323,15 @@ def test_what_is_no_result_file_is_refused(folder):
 def test_the_stored_results_are_all_readable():
     for path in results.RESULTS.glob("*.json"):
         assert read_result(path).filename == path.name
+
+
+def test_what_a_run_does_not_measure_stays_beside_what_it_does(folder):
+    def result(**values: int) -> Result:
+        rows = [Row(name.replace("_", " "), values={"n": n}) for name, n in values.items()]
+        return Result.here("oracle", None, rows)
+    assert results.beside_stored(result(Q4_0=1)).rows == result(Q4_0=1).rows        # nothing is stored
+    write_result(result(F16_a=1, F16_b=2, F32_a=3), local=False)
+    names = results.beside_stored(result(F16_b=5, F32_c=6)).rows
+    assert [(row.name, row.values["n"]) for row in names] == [("F16 a", 1), ("F32 a", 3), ("F16 b", 5), ("F32 c", 6)]
+    formats = results.beside_stored(result(F16_c=7), lambda name: name.split()[0]).rows
+    assert [(row.name, row.values["n"]) for row in formats] == [("F32 a", 3), ("F16 c", 7)]

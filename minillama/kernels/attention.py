@@ -17,7 +17,7 @@ from minillama.kernels.tuning import fitting
 
 program_cache.install()     # which counts loops of unknown length
 SHORT, LONG = 16, 64    # positions of a part, in a cache of up to MANY positions and in a longer one, where what parts
-MANY = 8192             # write and what is read again to sum it up counts for more than waiting does
+MANY = 8192             # write and what is read again to sum it up counts for more than waiting (not measured)
 THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
 LANES = 8
 AT_ONCE = 16            # parts that are summed up at once, so that a thread waits once for all of them
@@ -188,6 +188,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
         return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
             arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))
+    # what each part found: weighed values (tokens, heads, parts, dim), and the logarithm of their weight
     found, best = (result(tokens, heads, parts, *more, like=q) for more in ((dim,), ()))
     found, best = found.custom_kernel(best, q, keys, values, position, fxn=part_kernel)[:2]
     return result(tokens, heads * dim, like=q).custom_kernel(found, best, gate[0], position, fxn=sum_kernel)[0]

@@ -57,8 +57,8 @@ def words(line: str) -> set[str]:
 def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]) -> tuple[dict[int, str], list[int]]:
     """Of a kernel's straight beginning, by number, the lines that read arguments `early` at addresses that depend on
     no argument `fresh`, and the lines that these addresses are made of. (Of many reads whose addresses are read, too,
-    none: then later blocks wait twice, and registers spill.) Then, if some of those reads must wait: these lines, but
-    before them all other reads, which would have to queue up behind them."""
+    none: then later blocks wait twice, and registers spill.) Then, if some of those reads must wait: these lines, and
+    before them all other reads of that beginning."""
     declared, reads, late, others, tainted = {}, [], [], [], set(fresh)
     for n, line in enumerate(lines):
         if not (match := DECLARED.match(line)):

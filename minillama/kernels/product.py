@@ -45,10 +45,6 @@ class Normed:
     def device(self) -> str:
         return self.x.device
 
-    def values(self) -> Tensor:
-        """The norm, taken in plain tensor code."""
-        return self.x * (self.x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight
-
 
 def inputs(x: Tensor | Normed) -> list[Tensor]:
     """What a kernel must be given for `vectors`."""
@@ -137,8 +133,9 @@ def gated(x: Tensor | Normed, gate: Packed, up: Packed, ids: Tensor, share: Tens
         first = number(ids.index(token, place), gate.shape[0]) * width
         xs, arrays = vectors(x, buffers, lambda *_: (token,)), buffers[len(given):]
         both = (gate, arrays[:len(gate.arrays)]), (up, arrays[len(gate.arrays):])
+        places = [const(n) for n in range(used)] if logits else []
         found = work.sums(*(Factor(weight.layout, mine, lambda row, _: first + row, xs) for weight, mine in both),
-                          ahead=lambda *_: [share.index(token, n).load() for n in [place, *map(const, range(used))]])
+                          ahead=lambda *_: [share.index(token, n).load() for n in [place, *places]])
         mine, *every = found.ahead
         if logits:
             mine = (mine - every[0]).exp() / sum((one - every[0]).exp() for one in every)

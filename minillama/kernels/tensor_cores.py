@@ -13,6 +13,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from minillama import program_cache
 from minillama.kernels import tuning
+from minillama.kernels.bits import LARGEST
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
@@ -21,7 +22,7 @@ program_cache.install()     # which counts `tiles`
 SPAN = 16                   # values of x whose sum is kept: the fewest that share a scale
 DEEP = 16                   # terms of a sum that one unit adds at once, or two of another kind
 HALF_MASK = 0xFFFFE000      # the bits of a float32 that a half has too
-LEAST, LARGEST = 2.0 ** -14, 65504.0    # of the halves that hold 11 bits
+LEAST = 2.0 ** -14          # of the halves that hold 11 bits
 LOW = 2048.0                # lifts what 11 bits leave to where halves are precise
 
 

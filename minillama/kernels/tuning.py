@@ -132,7 +132,7 @@ def shared_bytes(cut: WarpCut, matrices: int, terms: int) -> int:
 def warps(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1,
           more: int = 0) -> WarpCut | None:
     """The cut for so many rows and tokens, in a sum over `outer` terms and some `more`; several `matrices` are read
-    at once. None: better without such units, or not possible. (Measured on an H200.)"""
+    at once. None: better without such units, or not possible. (Measured on an H200, for one token and two.)"""
     steps = columns // 128
     if not writes_units(device) or rows % 16 or columns % 128 or steps & steps - 1 or outer > 16:
         return None
@@ -186,7 +186,7 @@ def multiplies_subnormals(device: str) -> bool:
 
 def norms_inside(device: str) -> bool:
     """Whether products for a few tokens take the norm of what they read: where a kernel less counts for more than what
-    each of them does over (measured on an H200)."""
+    each of them does over (measured on an H200, for one token and two)."""
     return backend(device) == "CUDA"
 
 
