@@ -146,7 +146,7 @@ def count_step(config: ModelConfig, recipe: Recipe, format: str, tokens: int, de
         if to_host(config, recipe, tokens) > 4:
             recipe = replace(recipe, logits="all")
         packed = recipe.weights == "packed"
-        weights = RandomWeights(small, check_format(format, packed), recipe.projections == "fused", packed,
+        weights = RandomWeights(small, check_format(format, packed, mixes=()), recipe.projections == "fused", packed,
                                 unfilled()).model()
         engine = Engine(weights, small, recipe, context=depth + tokens, batches=(tokens,))
         groups = [Group(NAMES[kind], config.recurrent.count(kind), count_layer(engine, index, tokens, depth))

@@ -178,7 +178,7 @@ def run_count(args: Namespace) -> None:
     from minillama.units import in_units
     config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
     packed = recipe.weights == "packed"
-    format = check_format(args.format or DEFAULT_FORMAT[packed], packed)
+    format = check_format(args.format or DEFAULT_FORMAT[packed], packed, mixes=())
     console = Console(stderr=True)
     steps = [(1, f"one token at position {args.n_depth}")]
     steps += [(args.n_prompt, f"a batch of {args.n_prompt} tokens")] if args.n_prompt > 1 else []

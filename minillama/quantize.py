@@ -6,7 +6,7 @@ format's blocks fall back to a neighbouring one. The `gguf` package writes the f
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -75,17 +75,21 @@ def quantize(path_in: str | Path, path_out: str | Path, format: str, progress: P
 
 def choose_formats(source: GGUF, config: ModelConfig, target: str) -> dict[str, Format]:
     """Tensor name → its format in the quantized file, in the order in which they are written: by block, then name."""
-    names = sorted(source.tensors, key=lambda name: (_block(name), name))
-    valued = [name for name in names if name.endswith(("attn_v.weight", "attn_qkv.weight"))]  # one a layer
-    tied = "output.weight" not in source.tensors
+    tensors = source.tensors
+    chosen = quantized_formats({name: info.shape for name, info in tensors.items()}, config, target)
+    return {name: FORMATS[chosen[name]] if name in chosen else tensors[name].format
+            for name in sorted(tensors, key=lambda name: (_block(name), name))}
+
+
+def quantized_formats(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, target: str) -> dict[str, str]:
+    """Tensor name → the format that llama-quantize would give it, of those tensors that it quantizes."""
+    names = sorted((_block(name), name) for name, shape in shapes.items() if _is_quantized(name, shape))
+    valued = [name for _, name in names if name.endswith(("attn_v.weight", "attn_qkv.weight"))]     # one a layer
     formats = {}
-    for name in names:
-        info, place = source.tensors[name], (_block(name), config.layers + config.mtp_blocks)
-        formats[name] = info.format
-        if _is_quantized(name, info.shape):
-            place = (valued.index(name), len(valued)) if name in valued else place
-            chosen = _preferred(name, target, place, config.experts, tied)
-            formats[name] = FORMATS[_fallback(chosen, info.shape[-1])]
+    for block, name in names:
+        place = (valued.index(name), len(valued)) if name in valued else (block, config.layers + config.mtp_blocks)
+        chosen = _preferred(name, target, place, config.experts, tied="output.weight" not in shapes)
+        formats[name] = _fallback(chosen, shapes[name][-1])
     return formats
 
 

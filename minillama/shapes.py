@@ -6,6 +6,7 @@ hashing each value's index: an 80B layer (1.6 billion values) is ready in a mome
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from itertools import groupby
 
 import numpy as np
 from tinygrad import Tensor, dtypes
@@ -14,6 +15,7 @@ from tinygrad.dtype import DType
 from minillama.config import ModelConfig, expected_tensors
 from minillama.kernels.layouts import LAYOUTS, Part
 from minillama.kernels.packed import Packed
+from minillama.quantize import MIXES, quantized_formats
 from minillama.weights import (
     AttentionWeights,
     DeltaNetWeights,
@@ -50,9 +52,9 @@ def shape_config(name: str, layers: int | None = None, mtp: bool = False) -> Mod
     return ModelConfig(name=name, mtp_blocks=int(mtp), recurrent=recurrent, **numbers)
 
 
-def check_format(name: str, packed: bool) -> str:
+def check_format(name: str, packed: bool, mixes: tuple[str, ...] = MIXES) -> str:
     """The format's name. Raises ValueError, in one line, for one in which no such random weights can be made."""
-    known = LAYOUTS if packed else FLOATS
+    known = (*LAYOUTS, *mixes) if packed else FLOATS
     if name not in known:
         raise ValueError(f"--format {name:.30}: random weights come in {', '.join(known)}"
                          + ("" if packed else " (packed ones with --recipe weights=packed)"))
@@ -150,77 +152,88 @@ def random_packed(format: str, shape: tuple[int, ...], deviation: float, fill: F
 class RandomWeights:
     """Makes the engine's records, packed or plain. What is small is float32, and so are the router and, plain, the
     embedding (of which a step reads one row a token). Rows are scaled by 1 / sqrt(columns), so that every product
-    keeps its input's size, and what is added to the residual stream by half of that. As llama-quantize does, the head
-    of a packed model is Q6_K where its rows allow."""
+    keeps its input's size, and what is added to the residual stream by half of that. Packed, each matrix has the
+    format that llama-quantize would give it: the head of a model in Q4_0 is Q6_K, for example."""
 
     def __init__(self, config: ModelConfig, format: str, fused: bool, packed: bool, fill: Fill):
         self.config, self.format, self.fused, self.packed, self.fill = config, format, fused, packed, fill
+        tensors = expected_tensors(config, ("output.weight",))
+        self.formats = quantized_formats(tensors, config, format) if packed else {}
 
-    def matrix(self, *shape: int, gain: float = 1.0, format: str = "") -> Weight:
-        format, deviation = format or self.format, gain / math.sqrt(shape[-1])
+    def matrix(self, name: str, *shape: int, gain: float = 1.0, format: str = "") -> Weight:
+        """A matrix of the format of the tensor `name`, or of another one."""
+        deviation = gain / math.sqrt(shape[-1])
         if self.packed:
-            return random_packed(format, shape, deviation, self.fill)
+            return random_packed(format or self.formats[name], shape, deviation, self.fill)
         bound = 3 ** 0.5 * deviation                                        # uniform to +-b: variance b^2 / 3
-        return self.fill(shape, -bound, bound, FLOATS[format])
+        return self.fill(shape, -bound, bound, FLOATS[format or self.format])
 
     def small(self, *shape: int, low: float = 1.0, high: float = 1.0) -> Tensor:
         return self.fill(shape, low, high, dtypes.float32)
 
-    def inputs(self, *rows: int) -> tuple[Weight, ...]:
-        """Weights that read the hidden state, stacked as one where projections are fused."""
-        stacked = (sum(rows),) if self.fused else rows
-        return tuple(self.matrix(count, self.config.hidden) for count in stacked)
+    def inputs(self, *parts: tuple[str, int]) -> tuple[Weight, ...]:
+        """Weights that read the hidden state, (tensor, rows) each; fused, neighbours of one format are stacked."""
+        runs = ([list(run) for _, run in groupby(parts, lambda part: self.formats.get(part[0]))] if self.fused
+                else [[part] for part in parts])
+        return tuple(self.matrix(run[0][0], sum(rows for _, rows in run), self.config.hidden) for run in runs)
 
-    def pair(self, *shape: int) -> tuple[Weight, ...]:
+    def pair(self, at: str, kind: str, *shape: int) -> tuple[Weight, ...]:
         """Gate and up of a gated network (..., width, hidden): two, or one where plain projections are fused."""
         if self.fused and not self.packed:
-            return (self.matrix(*shape[:-2], 2 * shape[-2], shape[-1]),)
-        return self.matrix(*shape), self.matrix(*shape)
+            return (self.matrix("", *shape[:-2], 2 * shape[-2], shape[-1]),)
+        return tuple(self.matrix(f"{at}ffn_{part}_{kind}.weight", *shape) for part in ("gate", "up"))
 
-    def delta_net(self) -> DeltaNetWeights:
-        c = self.config
+    def delta_net(self, at: str) -> DeltaNetWeights:
+        c, ba = self.config, at + "ssm_ba.weight"
         return DeltaNetWeights(
-            self.inputs(c.conv_channels, c.value_width, c.v_heads, c.v_heads),
+            self.inputs((at + "attn_qkv.weight", c.conv_channels), (at + "attn_gate.weight", c.value_width),
+                        (ba, c.v_heads), (ba, c.v_heads)),
             self.small(c.conv_channels, c.conv_width, low=-0.87, high=0.87), self.small(c.v_heads, low=-7, high=-2),
             self.small(c.v_heads, low=-16, high=-1), self.small(c.state_dim),
-            self.matrix(c.hidden, c.value_width, gain=0.5))
+            self.matrix(at + "ssm_out.weight", c.hidden, c.value_width, gain=0.5))
 
-    def attention(self) -> AttentionWeights:
+    def attention(self, at: str) -> AttentionWeights:
         c, keys = self.config, self.config.kv_heads * self.config.head_dim
-        return AttentionWeights(self.inputs(2 * c.heads * c.head_dim, keys, keys), self.small(c.head_dim),
-                                self.small(c.head_dim), self.matrix(c.hidden, c.heads * c.head_dim, gain=0.5))
+        return AttentionWeights(
+            self.inputs((at + "attn_q.weight", 2 * c.heads * c.head_dim), (at + "attn_k.weight", keys),
+                        (at + "attn_v.weight", keys)),
+            self.small(c.head_dim), self.small(c.head_dim),
+            self.matrix(at + "attn_output.weight", c.hidden, c.heads * c.head_dim, gain=0.5))
 
-    def experts(self) -> ExpertWeights:
+    def experts(self, at: str) -> ExpertWeights:
         c = self.config
         return ExpertWeights(
-            self.matrix(c.experts, c.hidden, format="F32"), self.pair(c.experts, c.expert_width, c.hidden),
-            self.matrix(c.experts, c.hidden, c.expert_width, gain=0.5),
+            self.matrix("", c.experts, c.hidden, format="F32"),
+            self.pair(at, "exps", c.experts, c.expert_width, c.hidden),
+            self.matrix(at + "ffn_down_exps.weight", c.experts, c.hidden, c.expert_width, gain=0.5),
             self.small(c.hidden, low=-(3 / c.hidden) ** 0.5, high=(3 / c.hidden) ** 0.5),
-            self.pair(c.shared_width, c.hidden),
-            self.matrix(c.hidden, c.shared_width, gain=0.5))
+            self.pair(at, "shexp", c.shared_width, c.hidden),
+            self.matrix(at + "ffn_down_shexp.weight", c.hidden, c.shared_width, gain=0.5))
 
-    def layer(self, recurrent: bool) -> LayerWeights:
-        mixer = self.delta_net() if recurrent else self.attention()
-        return LayerWeights(self.small(self.config.hidden), mixer, self.small(self.config.hidden), self.experts())
+    def layer(self, index: int) -> LayerWeights:
+        at, c = f"blk.{index}.", self.config
+        mixer = self.delta_net(at) if index < c.layers and c.recurrent[index] else self.attention(at)
+        return LayerWeights(self.small(c.hidden), mixer, self.small(c.hidden), self.experts(at))
 
     def mtp(self, embed: Weight, head: Weight) -> MTPWeights:
-        hidden = self.config.hidden
-        return MTPWeights(self.small(hidden), self.small(hidden), self.matrix(hidden, 2 * hidden), self.layer(False),
-                          self.small(hidden), embed, head)
+        index, hidden = self.config.layers, self.config.hidden
+        project = self.matrix(f"blk.{index}.nextn.eh_proj.weight", hidden, 2 * hidden)
+        return MTPWeights(self.small(hidden), self.small(hidden), project, self.layer(index), self.small(hidden),
+                          embed, head)
 
-    def model(self, progress: Callable[[Iterable[bool]], Iterable[bool]] = iter) -> ModelWeights:
+    def model(self, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> ModelWeights:
         c = self.config
-        embed = self.matrix(c.vocab, c.hidden, gain=0.02 * c.hidden ** 0.5, format="" if self.packed else "F32")
-        six = self.packed and self.format in SPREADS and c.hidden % LAYOUTS["Q6_K"].block == 0
-        head = self.matrix(c.vocab, c.hidden, format="Q6_K" if six else "")
-        layers = tuple(self.layer(recurrent) for recurrent in progress(c.recurrent))
+        embed = self.matrix("token_embd.weight", c.vocab, c.hidden, gain=0.02 * c.hidden ** 0.5,
+                            format="" if self.packed else "F32")
+        head = self.matrix("output.weight", c.vocab, c.hidden)
+        layers = tuple(self.layer(index) for index in progress(range(c.layers)))
         return ModelWeights(embed, layers, self.small(c.hidden), head,
                             self.mtp(embed, head) if c.mtp_blocks else None)
 
 
 def random_weights(config: ModelConfig, format: str = "F16", fused: bool = True, packed: bool = False,
                    device: str | None = None, *,
-                   progress: Callable[[Iterable[bool]], Iterable[bool]] = iter) -> ModelWeights:
+                   progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> ModelWeights:
     """Weights of a model's shapes on the device, the same on every call; activations stay finite with them."""
     return RandomWeights(config, check_format(format, packed), fused, packed, hashed(device)).model(progress)
 

@@ -11,6 +11,7 @@ from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.gguf import GGUF
 from minillama.kernels.layouts import LAYOUTS
+from minillama.quantize import quantize
 from minillama.recipe import Recipe
 from minillama.shapes import (
     SHAPES,
@@ -54,8 +55,10 @@ def test_unknown_names_are_refused_in_one_line_that_lists_the_known():
         shape_config("gpt")
     with pytest.raises(ValueError, match=r"^--format Q4_0: random weights come in F32, F16 \(packed .*packed\)$"):
         check_format("Q4_0", packed=False)
-    with pytest.raises(ValueError, match="^--format Q2_K: random weights come in F32, F16, BF16, Q8_0, .*, Q6_K$"):
+    with pytest.raises(ValueError, match="^--format Q2_K: random weights come in F32, .*, Q6_K, Q4_K_M, Q5_K_M$"):
         check_format("Q2_K", packed=True)
+    with pytest.raises(ValueError, match="^--format Q4_K_M: random weights come in F32, F16, BF16, Q8_0, .*, Q6_K$"):
+        check_format("Q4_K_M", packed=True, mixes=())
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -68,6 +71,17 @@ def test_random_weights_have_the_shapes_of_loaded_ones(fused, packed):
     assert [t.shape for t in tensors_of(random)] == [t.shape for t in tensors_of(loaded)]
     assert [f.name for f in fields(random) if getattr(random, f.name) is None] == []
     assert parameters(config, file.tensors) == sum(math.prod(tensor.shape) for tensor in file.tensors.values())
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_K_M", "Q5_K_M"])
+def test_packed_random_weights_are_in_the_formats_of_a_quantized_file(format, tmp_path):
+    quantize(REFERENCE, tmp_path / "model.gguf", format)
+    file = GGUF(tmp_path / "model.gguf")
+    config = ModelConfig.from_gguf(file)
+    maker = RandomWeights(config, format, True, True, unfilled())
+    random, loaded = ([(tensor.shape, tensor.dtype) for tensor in tensors_of(record)]
+                      for record in (maker.model(), load_weights(file, config, True, True)))
+    assert random == loaded and len(set(maker.formats.values())) > 1
 
 
 def test_values_are_spread_evenly_differ_between_tensors_and_are_the_same_again():
@@ -103,4 +117,4 @@ def test_activations_stay_finite_and_alive_over_many_tokens(format):
     spread = [float(engine.logits([token]).std()) for token in range(1, 41)]
     assert np.isfinite(spread).all() and 0.1 < min(spread) and max(spread) < 10, spread
     assert weight_bytes(weights) < (1 if packed else 4) * parameters(config)
-    assert len(weights.layers[0].mixer.inputs) == 1
+    assert len(weights.layers[0].mixer.inputs) == (2 if packed else 1)      # of eight experts: attn_qkv is Q8_0

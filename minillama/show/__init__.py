@@ -139,7 +139,7 @@ def roofline(roofs: dict[str, Roofline], points: dict[str, tuple[float, float]] 
         of = ""     # in the legend once
     logarithmic(axes, "x", "y")
     axes.set(xlabel="operations a byte", ylabel="10⁹ operations a second")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return figure
 
 

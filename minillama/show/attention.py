@@ -126,15 +126,19 @@ def _labels(axes: Axes, pieces: Sequence[str], *names: str) -> None:
 
 def weights(maps: Mapping[str, np.ndarray], pieces: Sequence[str]) -> Figure:
     """How much each token (rows) takes from each earlier one (columns), for several heads; the future is blank."""
-    figure, all_axes = subplots(1, len(maps), figsize=(8.5, 0.9 + 8 / len(maps)), sharey=True, squeeze=False)
+    figure, all_axes = subplots(1, len(maps), figsize=(8.5, 0.9 + 8 / len(maps)), sharey=True, squeeze=False,
+                                layout="constrained")
     close(figure)
     for axes, (name, values) in zip(all_axes[0], maps.items(), strict=True):
         past = np.where(np.tri(len(values), dtype=bool), values, np.nan)
-        axes.imshow(past, cmap="cividis", vmin=0, vmax=0.6, interpolation="nearest")
+        image = axes.imshow(past, cmap="cividis", vmin=0, vmax=0.6, interpolation="nearest")
         axes.set_title(name, fontsize=10)
         axes.grid(visible=False)
         _labels(axes, pieces, "x")
     _labels(all_axes[0, 0], pieces, "y")
+    figure.supxlabel("token that is looked at", fontsize=9)
+    figure.supylabel("token that looks", fontsize=9)
+    figure.colorbar(image, ax=list(all_axes[0]), pad=0.01, shrink=0.6, label="weight")
     return figure
 
 
