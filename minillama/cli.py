@@ -120,8 +120,8 @@ def build_parser() -> Parser:
 
 def one_line(error: Exception) -> str:
     """What went wrong, for someone who did not write this program."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename or repr(error.filename)}: {error.strerror}"
     if isinstance(error, UnicodeDecodeError):
         return f"standard input is not UTF-8 text ({error.reason})"
     if isinstance(error, MemoryError):

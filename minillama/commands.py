@@ -87,6 +87,12 @@ def open_model(path: str) -> tuple[ModelConfig, Tokenizer]:
     return config, Tokenizer.from_gguf(file)
 
 
+def check_context(context: int, config: ModelConfig) -> None:
+    """Raises ValueError for more tokens than the model was made for."""
+    if context > config.context:
+        raise ValueError(f"--context {context} is more than the {config.context} tokens the model was made for")
+
+
 def check_ids(ids: list[int], config: ModelConfig, context: int) -> None:
     """What the engine would say too, but only after it has loaded the weights."""
     if not ids:
@@ -131,8 +137,7 @@ def load_engine(args: Namespace, config: ModelConfig, ids: list[int] | None = No
         recipe = replace(recipe, draft=args.draft)
     if recipe.draft and not config.mtp_blocks:
         raise ValueError(f"{args.file}: this model has no multi-token-prediction block to draft with")
-    if context > config.context:
-        raise ValueError(f"--context {context} is more than the {config.context} tokens the model was made for")
+    check_context(context, config)
     if ids is not None:
         check_ids(ids, config, context)
     return ClockedEngine.load(args.file, recipe, context=context, progress=with_layer_bar)
@@ -168,6 +173,7 @@ def inspect(args: Namespace) -> None:
     console.print(describe.tensor_table(file), describe.format_table(file))
     config = ModelConfig.from_gguf(file)
     check_tensors(file, config)
+    check_context(args.context or 1, config)
     console.print(describe.parameter_table(file, config), describe.memory_table(file, config, args.context))
 
 

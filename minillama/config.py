@@ -14,6 +14,7 @@ from minillama.gguf import GGUF, GGUFError
 ARCHITECTURES = ("qwen3next",)
 DEFAULT_INTERVAL = 4  # files of llama.cpp's first support (#16095) carry neither interval nor list
 MAX_LAYERS = 1 << 12
+MAX_CONV = 9        # taps: the ring of the convolution's inputs (kernels.delta.HISTORY) holds drafts besides
 MAX_LENGTH = 1 << 24  # a context or vocabulary above 16 million is a damaged number
 
 
@@ -60,7 +61,7 @@ class ModelConfig:
         """Raises GGUFError where a key is missing, of a wrong type, absurd, or at odds with another."""
         keys = _Keys(file)
         blocks = keys.integer("block_count", high=MAX_LAYERS)
-        mtp_blocks = keys.integer("nextn_predict_layers", low=0, high=blocks - 1, default=0)
+        mtp_blocks = keys.integer("nextn_predict_layers", low=0, high=min(blocks - 1, 1), default=0)
         _check_rope_scaling(keys)
         config = cls(
             name=_name(file),
@@ -78,7 +79,7 @@ class ModelConfig:
             k_heads=keys.integer("ssm.group_count"),
             v_heads=keys.integer("ssm.time_step_rank"),
             state_dim=keys.integer("ssm.state_size"),
-            conv_width=keys.integer("ssm.conv_kernel"),
+            conv_width=keys.integer("ssm.conv_kernel", low=2, high=MAX_CONV),
             experts=keys.integer("expert_count"),
             experts_used=keys.integer("expert_used_count"),
             expert_width=keys.integer("expert_feed_forward_length"),

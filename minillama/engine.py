@@ -254,12 +254,12 @@ class Engine:
         kind = "greedy" if sampler.greedy else "sampled"
         settings = [] if sampler.greedy else [
             Tensor([float(value)], dtype=dtypes.float32, device=self.device).realize()
-            for value in (sampler.temperature, sampler.top_k, sampler.top_p)]
-        uniforms = iter(sampler.draws(count, 0))
+            for value in (sampler.temperature, min(sampler.top_k, self.config.vocab), sampler.top_p)]
+        uniforms = sampler.stream()
 
         def more() -> list[Tensor]:
             return [] if sampler.greedy else [
-                self.input("uniforms", np.array([next(uniforms)], dtype=np.float32)), *settings]
+                self.input("uniforms", uniforms.random(1, dtype=np.float32)), *settings]
         token = self.feed(ids, kind, *more()) if count else None
         if self.drafter and count:
             yield (first := int(token.item()))

@@ -55,7 +55,7 @@ def add_shape_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=one(1), metavar="N", help="as many layers, in the model's pattern")
     parser.add_argument("--format", help="of the random weights (default: Q4_0, or F16 with weights=float)")
     parser.add_argument("--mtp", action="store_true", help="with the multi-token-prediction block")
-    parser.add_argument("--recipe", default="", metavar="FIELD=VALUE,…", help="how the engine computes")
+    parser.add_argument("--recipe", default="", metavar="NAME|FIELD=VALUE,…", help="a rung, or fields")
 
 
 def add_parsers(kinds: argparse._SubParsersAction) -> None:
@@ -138,9 +138,9 @@ def run_bench(args: Namespace) -> None:
         open_model(args.model)      # a file that is none is found out before a device is opened
     open_device()
     from minillama import bench
-    from minillama.recipe import Recipe
+    from minillama.ladder import read_recipe
     from minillama.results import write_result
-    recipe = Recipe.parse(args.recipe)
+    recipe = read_recipe(args.recipe)
     recipe = recipe if args.draft is None else replace(recipe, draft=args.draft)
     if args.accept is not None and not recipe.draft:
         raise ValueError("--accept says how many drafts are kept: it goes with --draft 1 to 4")
@@ -173,10 +173,10 @@ def run_count(args: Namespace) -> None:
     from rich.console import Console
 
     from minillama import count
-    from minillama.recipe import Recipe
+    from minillama.ladder import read_recipe
     from minillama.shapes import check_format, parameters, shape_config
     from minillama.units import in_units
-    config, recipe = shape_config(args.shape, args.layers, args.mtp), Recipe.parse(args.recipe)
+    config, recipe = shape_config(args.shape, args.layers, args.mtp), read_recipe(args.recipe)
     packed = recipe.weights == "packed"
     format = check_format(args.format or DEFAULT_FORMAT[packed], packed, mixes=())
     console = Console(stderr=True)

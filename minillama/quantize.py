@@ -48,7 +48,8 @@ def file_format(file: GGUF) -> str:
     for tensor in file.tensors.values():
         sizes[tensor.format.name] = sizes.get(tensor.format.name, 0) + tensor.nbytes
     named = {number: name for name, (_, number) in TARGETS.items()}
-    return named.get(file.metadata.get("general.file_type"), max(sizes, key=sizes.get))
+    number = file.metadata.get("general.file_type")
+    return named.get(number if isinstance(number, int) else None, max(sizes, key=sizes.get))
 
 
 def quantize(path_in: str | Path, path_out: str | Path, format: str, progress: Progress | None = None) -> None:

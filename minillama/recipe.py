@@ -73,9 +73,12 @@ class Recipe:
         if isinstance(value, str) and ":" in value:
             module, _, attribute = value.partition(":")
             try:
-                return getattr(importlib.import_module(module), attribute)
-            except (ImportError, AttributeError) as error:
+                found = getattr(importlib.import_module(module), attribute)
+            except (ImportError, AttributeError, ValueError) as error:
                 raise ValueError(f"recipe: {name}={value!r} cannot be imported: {error}") from error
+            if not callable(found):
+                raise ValueError(f"recipe: {name}={value!r} is no function")
+            return found
         self._check(name)
         return FORMS[name][value]
 

@@ -33,12 +33,8 @@ class Sampler:
         return self.temperature < COLDEST
 
     def stream(self) -> np.random.Generator:
-        """Where uniform numbers in [0, 1) come from: a stream a seed."""
+        """Where uniform numbers in [0, 1) come from, one a token: a stream a seed."""
         return np.random.default_rng(self.seed)
-
-    def draws(self, count: int, start: int = 0) -> list[float]:
-        """Uniform numbers in [0, 1) that float32 holds, for a text's tokens start..start + count."""
-        return self.stream().random(start + count, dtype=np.float32)[start:].tolist()
 
 
 def parts(x: Tensor, neutral: float) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
-from minillama.config import ModelConfig, expected_tensors
+from minillama.config import MAX_LAYERS, ModelConfig, expected_tensors
 from minillama.kernels.layouts import LAYOUTS, Part
 from minillama.kernels.packed import Packed
 from minillama.quantize import MIXES, quantized_formats
@@ -47,6 +47,8 @@ def shape_config(name: str, layers: int | None = None, mtp: bool = False) -> Mod
     block. Raises ValueError, in one line, for a name that is not in SHAPES."""
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r:.60}: the shapes are {', '.join(SHAPES)}")
+    if layers is not None and layers > MAX_LAYERS:
+        raise ValueError(f"--layers {layers:.3g}: {MAX_LAYERS} at most")
     numbers = SHAPES[name] | ({} if layers is None else {"layers": layers})
     recurrent = tuple((i + 1) % INTERVAL != 0 for i in range(numbers["layers"]))
     return ModelConfig(name=name, mtp_blocks=int(mtp), recurrent=recurrent, **numbers)

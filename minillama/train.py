@@ -122,6 +122,10 @@ class Trainer:
     """Parameters, the optimizer's moments and the captured step."""
 
     def __init__(self, config: ModelConfig, training: Training):
+        length, chunk = training.length, delta_net.CHUNK
+        if length % chunk and (length > chunk or length & (length - 1)):
+            raise ValueError(f"a length of {length} tokens does not divide into chunks: take a multiple of {chunk}, or "
+                             "a power of two below")
         self.config, self.training = config, training
         self.params = parameters(config, training.seed)
         matrices = [p for p in self.params.values() if p.ndim > 1]
@@ -217,13 +221,25 @@ def batches(tokens: np.ndarray, training: Training, start: int = 0) -> Iterator[
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
+def read_documents(text: Path) -> list[str]:
+    """The documents of a text file. Raises ValueError where it has none, or is not what it seems to be."""
+    try:
+        raw = lzma.open(text).read() if text.suffix == ".xz" else text.read_bytes()
+        documents = [part for part in raw.decode("utf-8").split("\0") if part]
+    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{text}: not {'xz' if not isinstance(error, UnicodeDecodeError) else 'UTF-8'} text: "
+                         f"{error}") from error
+    if not documents:
+        raise ValueError(f"{text}: no text in it")
+    return documents
+
+
 def tokenized(text: Path, tokenizer: Path) -> np.ndarray:
     """A text file (plain or .xz; documents end with a zero byte) as ids, documents followed by <|endoftext|>."""
     from tokenizers import Tokenizer
-    raw = lzma.open(text).read() if text.suffix == ".xz" else text.read_bytes()
     vocabulary = Tokenizer.from_file(str(tokenizer))
     end = vocabulary.token_to_id("<|endoftext|>")
-    documents = [part for part in raw.decode("utf-8").split("\0") if part]
+    documents = read_documents(text)
     return np.concatenate([np.array([*part.ids, end], dtype=np.uint16)
                            for part in vocabulary.encode_batch_fast(documents, add_special_tokens=False)])
 

@@ -85,9 +85,11 @@ def train(args: Namespace) -> None:
     vocab = check(args)
     open_device()
     from minillama.export import model_config
-    from minillama.train import smoke_config
+    from minillama.train import read_documents, smoke_config
     from minillama.train import train as run
     folder, training = Path(args.output), settings(args)
+    if args.text:
+        read_documents(Path(args.text))     # what is no text is found out before an old run is cleared away
     log, checkpoint = folder / "log.jsonl", folder / "checkpoint.safetensors"
     if args.smoke or not checkpoint.exists():
         for old in (checkpoint, log):

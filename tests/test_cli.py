@@ -169,6 +169,8 @@ BAD = {
     "perplexity TINY -f {}/empty.txt": ("empty.txt", "two tokens"),
     "tokenize TINY -f {}": ("directory",),
     "tokenize TINY": ("-p/--prompt",),
+    "ladder -o {}/none/x.json": ("none/x.json", "No such file"),
+    "logits TINY --tokens 1 -o ": ("''", "No such file"),
     "quantize TINY {}/q.gguf Q3_X": ("Q3_X", "Q4_K_M"),
     "quantize TINY {}/none/q.gguf Q8_0": ("none/q.gguf", "No such file"),
     "quantize TINY {} Q8_0": ("directory",),
@@ -185,6 +187,12 @@ def test_bad_input_ends_in_one_line(run, tiny: Path, files: Path, line: str):
     arguments = [part.replace("{}", str(files)).replace("TINY", str(tiny)) for part in line.split(" ") if line]
     run(*arguments).refused(*BAD[line])
     assert sorted(files.iterdir()) == before, "a file was left behind"
+
+
+@pytest.mark.host
+def test_inspect_plans_no_context_that_the_model_was_not_made_for(run, tiny: Path):
+    ran = run("inspect", tiny, "-c", "513")
+    assert ran.status == 2 and "blk.0.ssm_a" in ran.out and "513" in ran.err and ran.err.count("\n") == 1, ran.err
 
 
 @pytest.mark.host

@@ -123,7 +123,8 @@ def test_a_recipe_is_read_from_a_command_line():
 @pytest.mark.parametrize(("text", "message"), (
     ("delta", "not field=value"), ("speed=11", "with a field of delta"), ("delta=quantum", "one of recurrent"),
     ("capture=json:dumps", "one of eager"), ("delta=no_such_module:f", "cannot be imported"),
-    ("experts=json:no_such_name", "cannot be imported")))
+    ("experts=json:no_such_name", "cannot be imported"), ("experts=os:sep", "no function"),
+    ("experts=:x", "cannot be imported")))
 def test_a_recipe_that_means_nothing_is_refused_in_one_line(text, message):
     with pytest.raises(ValueError, match=message) as caught:
         Recipe.parse(text)

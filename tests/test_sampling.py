@@ -79,7 +79,7 @@ def test_a_draw_inverts_the_cumulative_distribution_and_never_takes_what_was_cut
 
 def test_draws_follow_the_distribution_and_a_seed_repeats_them():
     probs, jitted = Tensor(device_cut(LOGITS[0], 1.0, 6, 1.0)).realize(), TinyJit(lambda p, u: draw(p, u).realize())
-    uniforms = Sampler(1.0, seed=3).draws(1500)
+    uniforms = Sampler(1.0, seed=3).stream().random(1500, dtype=np.float32)
     drawn = [jitted(probs, one(uniform)).item() for uniform in uniforms]
     expected = probs.numpy() * len(drawn)
     counts = np.bincount(drawn, minlength=VOCAB)
@@ -87,7 +87,8 @@ def test_draws_follow_the_distribution_and_a_seed_repeats_them():
     counts, expected = counts[expected > 0], expected[expected > 0]
     chi_square = ((counts - expected) ** 2 / expected).sum()
     assert chi_square < 25.7, f"chi-square {chi_square:.1f} with 5 degrees of freedom: {counts}, not {expected}"
-    assert drawn[:50] == [jitted(probs, one(uniform)).item() for uniform in Sampler(0.5, seed=3).draws(50)]
+    again = Sampler(0.5, seed=3).stream()
+    assert drawn[:50] == [jitted(probs, one(again.random(1, dtype=np.float32)[0])).item() for _ in range(50)]
 
 
 @pytest.mark.slow
@@ -101,11 +102,12 @@ def test_a_vocabulary_of_qwen_s_size_is_cut_to_exactly_k_and_drawn_from():
 
 
 @pytest.mark.host
-def test_seeds_differ_and_a_text_can_be_taken_up_in_the_middle():
-    first, again, other = Sampler(seed=1).draws(8), Sampler(seed=1).draws(8), Sampler(seed=2).draws(8)
+def test_seeds_differ_and_one_by_one_gives_the_same_as_all_at_once():
+    first, again, other = (Sampler(seed=seed).stream().random(8, dtype=np.float32).tolist() for seed in (1, 1, 2))
     assert first == again != other
-    assert Sampler(seed=1).draws(5, start=3) == first[3:]
-    assert all(0 <= number < 1 and np.float32(number) == number for number in first)
+    stream = Sampler(seed=1).stream()
+    assert [stream.random(1, dtype=np.float32)[0] for _ in range(8)] == first
+    assert all(0 <= number < 1 for number in first)
 
 
 @pytest.mark.host

@@ -158,6 +158,9 @@ def test_a_file_without_a_template_speaks_chatml_where_it_has_the_tokens():
     ("{{ messages.append(1) }}", ChatError, "is unsafe"),
     ("{{ messages.__class__.__mro__ }}", ChatError, "is unsafe"),
     ("{{ 1 / 0 }}", ChatError, "division by zero"),
+    ("{{ '{1}'.format('x') }}", ChatError, "out of range"),
+    ("{{ 'a'.encode('nope') }}", ChatError, "unknown encoding"),
+    ("{{ cycler().next() }}", ChatError, "at least one item"),
 ])
 def test_a_bad_template_is_one_clear_line(template, error, says):
     with pytest.raises(error) as caught:

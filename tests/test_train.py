@@ -101,9 +101,16 @@ def test_a_checkpoint_of_other_settings_is_refused_in_one_line(smoke: Path, caps
 def test_bad_input_ends_in_one_line(tmp_path: Path, capsys):
     (tmp_path / "words.json").write_text("{}")
     (tmp_path / "text").write_text("a few words")
+    (tmp_path / "text.xz").write_bytes(b"a few words")
+    (tmp_path / "latin").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "nothing").write_bytes(b"")
     for arguments, words in (([], "needs a TEXT"), ([str(tmp_path / "none")], "No such file"),
                              ([str(tmp_path / "text"), "--tokenizer", str(tmp_path / "words.json")], "tokenizer.json"),
-                             ([str(tmp_path / "text"), "--tokenizer", str(tmp_path)], "directory")):
+                             ([str(tmp_path / "text"), "--tokenizer", str(tmp_path)], "directory"),
+                             ([str(tmp_path / "text"), "--length", "100"], "length of 100"),
+                             ([str(tmp_path / "text.xz")], "text.xz: not xz text"),
+                             ([str(tmp_path / "latin")], "latin: not UTF-8 text"),
+                             ([str(tmp_path / "nothing")], "no text in it")):
         assert main(["train", *arguments, "-o", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
         assert words in said.err and said.err.count("\n") == 1 and not said.out, said
