@@ -1,7 +1,8 @@
 """Block formats: how a GGUF file packs values into blocks of a few bits each.
 
-`unpack` and `pack` work on whole tensors with numpy. Each unpacker below is one format's formula; layouts and order of
-operations are llama.cpp's (ggml/src/ggml-common.h, ggml-quants.c), so that the values are the same to the last bit.
+`unpack` works on whole tensors with numpy (`packers.pack` goes the other way). Each unpacker below is one format's
+formula; layouts and order of operations are llama.cpp's (ggml/src/ggml-common.h, ggml-quants.c), so that the values are
+the same to the last bit.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,6 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
-
-from minillama.packers import PACKERS
 
 VALUES_AT_ONCE = 1 << 18  # unpacked or packed in one go: the intermediate arrays stay in the cache
 
@@ -59,19 +58,6 @@ def unpack(raw: np.ndarray, fmt: Format, shape: tuple[int, ...]) -> np.ndarray:
         for i in range(0, len(blocks), step):
             values[i : i + step] = UNPACKERS[fmt.name](blocks[i : i + step])
     return values.reshape(shape)
-
-
-def pack(values: np.ndarray, fmt: Format) -> np.ndarray:
-    """Values of any shape whose rows are multiples of `fmt.block` → raw bytes (nbytes,) uint8."""
-    if values.shape[-1] % fmt.block:
-        raise ValueError(f"rows of {values.shape[-1]} values are not a multiple of {fmt.name}'s {fmt.block}")
-    blocks = np.ascontiguousarray(values, np.float32).reshape(-1, fmt.block)
-    raw = np.empty((len(blocks), fmt.size), np.uint8)
-    step = max(1, VALUES_AT_ONCE // fmt.block)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        for i in range(0, len(blocks), step):
-            raw[i : i + step] = PACKERS[fmt.name](blocks[i : i + step])
-    return raw.reshape(-1)
 
 
 def _half(two_bytes: np.ndarray) -> np.ndarray:  # (blocks, 2) bytes → (blocks, 1) float32

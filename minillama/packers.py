@@ -1,13 +1,16 @@
 """Packers: from float values to the blocks that `blocks.py` unpacks, with numpy and nothing else.
 
-A packer takes blocks (blocks, values) float32 and returns (blocks, bytes) uint8. The simple formats round to nearest,
-bit for bit as the `gguf` package does. The K formats hold one scale for every 16 or 32 values and are searched for the
-scales of least weighted squared error: the search of llama.cpp's `quantize_row_q{4,5,6}_K_ref`, all blocks at once.
+`pack` works on whole tensors. A packer takes blocks (blocks, values) float32 and returns (blocks, bytes) uint8. The simple
+formats round to nearest, bit for bit as the `gguf` package does. The K formats hold one scale for every 16 or 32 values
+and are searched for the scales of least weighted squared error: the search of llama.cpp's `quantize_row_q{4,5,6}_K_ref`,
+all blocks at once.
 """
 
 from collections.abc import Callable
 
 import numpy as np
+
+from minillama.blocks import VALUES_AT_ONCE, Format
 
 TINY = 1e-15  # below this a group of values counts as zero
 SMALL = 1e-6  # relative: a difference below this is float32's rounding
@@ -208,3 +211,16 @@ PACKERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
+
+
+def pack(values: np.ndarray, fmt: Format) -> np.ndarray:
+    """Values of any shape whose rows are multiples of `fmt.block` → raw bytes (nbytes,) uint8."""
+    if values.shape[-1] % fmt.block:
+        raise ValueError(f"rows of {values.shape[-1]} values are not a multiple of {fmt.name}'s {fmt.block}")
+    blocks = np.ascontiguousarray(values, np.float32).reshape(-1, fmt.block)
+    raw = np.empty((len(blocks), fmt.size), np.uint8)
+    step = max(1, VALUES_AT_ONCE // fmt.block)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for i in range(0, len(blocks), step):
+            raw[i : i + step] = PACKERS[fmt.name](blocks[i : i + step])
+    return raw.reshape(-1)

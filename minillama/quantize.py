@@ -13,9 +13,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from minillama.blocks import FORMATS, Format, pack
+from minillama.blocks import FORMATS, Format
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import ARRAY, GGUF, GGUFError
+from minillama.packers import pack
 
 # target → the format of most tensors, and llama.cpp's number for such a file (general.file_type)
 TARGETS = {

@@ -124,8 +124,8 @@ class Trainer:
     def __init__(self, config: ModelConfig, training: Training):
         length, chunk = training.length, delta_net.CHUNK
         if length % chunk and (length > chunk or length & (length - 1)):
-            raise ValueError(f"a length of {length} tokens does not divide into chunks: take a multiple of {chunk}, or "
-                             "a power of two below")
+            raise ValueError(f"a length of {length} tokens does not divide into chunks: take a multiple of {chunk}, "
+                             "or a power of two below")
         self.config, self.training = config, training
         self.params = parameters(config, training.seed)
         matrices = [p for p in self.params.values() if p.ndim > 1]

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillama.blocks import BY_CODE, FORMATS, pack, unpack
+from minillama.blocks import BY_CODE, FORMATS, unpack
+from minillama.packers import pack
 
 pytestmark = pytest.mark.host
 

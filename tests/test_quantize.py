@@ -9,9 +9,10 @@ import pytest
 import tiny_model as tiny
 from tiny_model import write_tiny_model
 
-from minillama.blocks import pack, unpack
+from minillama.blocks import unpack
 from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF, GGUFError
+from minillama.packers import pack
 from minillama.quantize import TARGETS, choose_formats, quantize
 
 pytestmark = pytest.mark.host

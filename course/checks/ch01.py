@@ -4,7 +4,8 @@ from collections.abc import Callable
 import numpy as np
 
 from checks import examine
-from minillama.blocks import FORMATS, pack, unpack
+from minillama.blocks import FORMATS, unpack
+from minillama.packers import pack
 
 
 def _first_difference(got, wanted: np.ndarray, what: str) -> str | None:

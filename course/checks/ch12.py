@@ -7,8 +7,9 @@ from tinygrad.uop.ops import UOp
 
 from checks import examine, expects
 from checks.kernels import NotAKernel, checked
-from minillama.blocks import FORMATS, pack, unpack
+from minillama.blocks import FORMATS, unpack
 from minillama.kernels.packed import Packed
+from minillama.packers import pack
 
 Q8_0 = FORMATS["Q8_0"]
 
