@@ -1,8 +1,8 @@
 """Block formats: how a GGUF file packs values into blocks of a few bits each.
 
 `unpack` works on whole tensors with numpy (`packers.pack` goes the other way). Each unpacker below is one format's
-formula; layouts and order of operations are llama.cpp's (ggml/src/ggml-common.h, ggml-quants.c), so that the values are
-the same to the last bit.
+formula; layouts and order of operations are llama.cpp's (ggml/src/ggml-common.h, ggml-quants.c), so that the values
+are the same to the last bit.
 """
 
 from collections.abc import Callable

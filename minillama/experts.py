@@ -105,6 +105,6 @@ def few_tokens(x: Tensor | Normed, w: ExpertWeights, config: ModelConfig, residu
     x = normed[0] if normed else x                                          # (tokens, hidden)
     ids, best = router.choose(logits, config.experts_used)
     routed = product.gated(x, *w.pair(), ids, best, logits=True)            # (tokens, used, width)
-    if w.shared_down.shape == w.down.shape[1:] and tuning.written_out(x.device, config.experts_used):
+    if w.shared_down.shape == w.down.shape[1:] and tuning.unrolled(x.device, config.experts_used):
         return product.mixed(routed, w.down, ids, residual, (shared, w.shared_down))
     return product.mixed(routed, w.down, ids, product.linear(shared, w.shared_down, residual))

@@ -58,7 +58,7 @@ def norm_of(recipe: Recipe) -> Callable[[Tensor, Tensor, float], Tensor]:
     return kernel_norm if recipe.weights == "packed" else rms_norm
 
 
-def taken(x: Tensor | Normed) -> Tensor:
+def normed(x: Tensor | Normed) -> Tensor:
     """A norm that was left to kernels, taken before them."""
     return kernel_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
 
@@ -73,11 +73,11 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
         return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
     if isinstance(part, KVCache):
         module = first_port if everywhere else attention
-        return module.attention(taken(x), w.mixer, config, at.rows(table), at.start, part, residual)
+        return module.attention(normed(x), w.mixer, config, at.rows(table), at.start, part, residual)
     tokens = at.tokens
     if isinstance(part, DeltaRings) and tokens < part.memories.shape[0] and at.valid is None:
         return delta_net.delta_net_step(x, w.mixer, config, part.history, part.memories, at.position, residual)
-    x = taken(x)
+    x = normed(x)
     count = tokens if at.valid is None else at.valid
     mask, module, form = at.mask(), first_port if everywhere else delta_net, recipe.form("delta")
     if isinstance(part, DeltaState):

@@ -1,9 +1,9 @@
 """Packers: from float values to the blocks that `blocks.py` unpacks, with numpy and nothing else.
 
-`pack` works on whole tensors. A packer takes blocks (blocks, values) float32 and returns (blocks, bytes) uint8. The simple
-formats round to nearest, bit for bit as the `gguf` package does. The K formats hold one scale for every 16 or 32 values
-and are searched for the scales of least weighted squared error: the search of llama.cpp's `quantize_row_q{4,5,6}_K_ref`,
-all blocks at once.
+`pack` works on whole tensors. A packer takes blocks (blocks, values) float32 and returns (blocks, bytes) uint8. The
+simple formats round to nearest, bit for bit as the `gguf` package does. The K formats hold one scale for every 16 or
+32 values and are searched for the scales of least weighted squared error: the search of llama.cpp's
+`quantize_row_q{4,5,6}_K_ref`, all blocks at once.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from minillama.attention import BLOCK, attend, attend_in_blocks
-from minillama.kernels import few, groups, norm, product, tensor_cores, tuning
+from minillama.kernels import groups, mma, norm, product, tensor_cores, tuning
 from minillama.shapes import hashed, random_packed
 
 BACKEND, FORMAT = sys.argv[1:]
@@ -32,7 +32,7 @@ def few_tokens(fill) -> None:
         return Tensor(rng.standard_normal(shape, dtype=np.float32)).realize()
     weight, x = random_packed(FORMAT, (32, 256), 0.1, fill), normal(3, 256)
     normed = product.Normed((x * 3).realize(), normal(256), 1e-6)
-    assert isinstance(product.sums_along(weight, tokens=3), few.Units)
+    assert isinstance(product.sums_along(weight, tokens=3), mma.MmaRows)
     print(off(product.linear(x, weight, residual := normal(3, 32)), product.linear_twin(x, weight, residual)))
     want = product.linear_twin(norm.rms_norm_twin(normed.x, normed.weight, normed.eps), weight)
     print(off(product.linear(normed, weight), want))

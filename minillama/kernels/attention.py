@@ -116,7 +116,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(here, 2)
         thread = UOp.range(threads, 3, AxisType.LOCAL)
         end = number(position.index(const(0)), positions) + token + 1
-        if tuning.speaks_cuda(device):        # who has nothing to do need not wait for what others do
+        if tuning.is_cuda(device):        # who has nothing to do need not wait for what others do
             leave = UOp(Ops.CUSTOM, dtypes.void, (part * size < end,), "if (!{0}) return;")
             q, keys, values = (room.after(UOp.barrier(leave)) for room in (q, keys, values))
         # all heads' queries, for all threads
@@ -138,13 +138,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         # the products of the key with all queries: each lane finds a part
         found = [sum(queries.index(h * dim + d).load() * k for d, k in zip(dims, key, strict=True))
                  for h in range(share)]
-        board = shared_memory(0, lanes, share, size)
-        board = board.after(UOp.barrier(*(board.index(lane, const(h), place).store(x) for h, x in enumerate(found))))
+        shared = shared_memory(0, lanes, share, size)
+        stores = [shared.index(lane, const(h), place).store(x) for h, x in enumerate(found)]
+        shared = shared.after(UOp.barrier(*stores))
         # scores: some positions of one head a thread
         head, scores, own = (thread * each // size).minimum(share - 1), shared_memory(1, share, size), []
         for n in range(each):
             place = (thread * each + n) & (size - 1)
-            score = sum(board.index(const(other), head, place).load() for other in range(lanes)) * dim ** -0.5
+            score = sum(shared.index(const(other), head, place).load() for other in range(lanes)) * dim ** -0.5
             own.append((place, (part * size + place < end).where(score, NOWHERE)))
         scores = scores.after(UOp.barrier(*(scores.index(head, place).store(score) for place, score in own)))
         # weights: how much each position counts

@@ -51,7 +51,7 @@ def times(x: UOp, factor: float) -> UOp:
 def as_halves(words: list[UOp], device: str) -> list[UOp]:
     """Words as pairs of halves, the lower one first. (CUDA's compiler puts what is taken apart by shifts together by
     shifts again, not what was a pair of halves at once; tinygrad's emulator knows nothing but shifts.)"""
-    if tuning.speaks_cuda(device):
+    if tuning.is_cuda(device):
         both = "tg_bitcast<half2>((uint){0})."
         return [UOp(Ops.CUSTOMI, HALF, (word,), both + part) for word in words for part in "xy"]
     return [half.cast(BITS).bitcast(HALF) for word in words for half in (word, word >> 16)]
@@ -61,7 +61,7 @@ def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
     """x as two halves, x = first + second / low; what is beyond the largest half is taken for that. (What the first
     one holds is asked of CUDA in its own words: tinygrad takes a float that became a half and a float again for what
     it was.)"""
-    if tuning.speaks_cuda(device):
+    if tuning.is_cuda(device):
         x = UOp(Ops.CUSTOMI, FLOAT, (x,), f"fmaxf(fminf({{0}}, {LARGEST}f), -{LARGEST}f)")
         first = x.cast(HALF)
         return first, ((x - UOp(Ops.CUSTOMI, FLOAT, (first,), "__half2float({0})")) * low).cast(HALF)
@@ -84,7 +84,7 @@ def span_bytes(blocks: Tensor, start: int, stop: int) -> Tensor:
     return blocks[:, start:stop].cast(dtypes.uint32)
 
 
-def joined(items: Tensor, bits: int, each: int = 0) -> Tensor:
+def pack_bits(items: Tensor, bits: int, each: int = 0) -> Tensor:
     """Small numbers into words, `each` (default: as many as fit) to a word, the first in the lowest bits.
 
     items (blocks, n) uint32, each below 2^bits; returns (blocks, n / each).
@@ -94,8 +94,8 @@ def joined(items: Tensor, bits: int, each: int = 0) -> Tensor:
     return (items.reshape(items.shape[0], -1, each) << shifts).sum(-1, dtype=dtypes.uint32)
 
 
-def parted(words: Tensor, bits: int) -> Tensor:
-    """The reverse of `joined`: (rows, n) -> (rows, n * 32 / bits)."""
+def unpack_bits(words: Tensor, bits: int) -> Tensor:
+    """The reverse of `pack_bits`: (rows, n) -> (rows, n * 32 / bits)."""
     shifts = Tensor.arange(32 // bits, dtype=dtypes.uint32) * bits
     return ((words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).reshape(words.shape[0], -1)
 

@@ -24,8 +24,8 @@ def mean_of_threads(x: UOp, thread: UOp, threads: int) -> UOp:
     an eighth of the values, then the eight sums (one sum over all would be one long chain of additions)."""
     parts = fitting(8, threads)
     size, part = threads // parts, thread // (threads // parts)
-    board, sums = shared_memory(MEAN, threads), shared_memory(MEAN + 1, parts)
-    board = board.after(UOp.barrier(board.index(thread).store(x)))
-    mine = sum(board.index(part * size + n).load() for n in range(size))
+    shared, sums = shared_memory(MEAN, threads), shared_memory(MEAN + 1, parts)
+    shared = shared.after(UOp.barrier(shared.index(thread).store(x)))
+    mine = sum(shared.index(part * size + n).load() for n in range(size))
     sums = sums.after(UOp.barrier(sums.index(part).store(mine)))
     return sum(sums.index(const(n)).load() for n in range(parts)) * (1 / threads)

@@ -59,14 +59,14 @@ def solved(kk: Tensor, k: Tensor, v: Tensor, total: Tensor, beta: Tensor) -> Ten
     def kernel(out: UOp, kk: UOp, k: UOp, v: UOp, total: UOp, beta: UOp) -> UOp:
         head, n = UOp.range(heads, 0), UOp.range(count, 1)
         column = UOp.range(threads, 2, AxisType.LOCAL)
-        board, stores = shared_memory(0, chunk, chunk), []
+        shared, stores = shared_memory(0, chunk, chunk), []
         for part in range(chunk * chunk // threads):
             place = column + part * threads
             i, j = place // chunk, place % chunk
             decay = (total.index(head, n, i).load() - total.index(head, n, j).load()).minimum(0).exp()
             left = kk.index(head // share, n, i, j).load() * decay * beta.index(n * chunk + i, head).load()
-            stores.append(board.index(i, j).store(left))
-        board, own, place = board.after(UOp.barrier(*stores)), column < dim, column % dim
+            stores.append(shared.index(i, j).store(left))
+        shared, own, place = shared.after(UOp.barrier(*stores)), column < dim, column % dim
         for start in range(0, chunk, ROWS):
             rows, news = range(start, min(start + ROWS, chunk)), []
             j = counter(start // TERMS, 3 + start // ROWS)
@@ -77,10 +77,10 @@ def solved(kk: Tensor, k: Tensor, v: Tensor, total: Tensor, beta: Tensor) -> Ten
                 new = own.where(v.index(token, head, place).load(), k.index(token, head // share, place).load()
                                 * total.index(head, n, const(i)).load().exp()) * beta.index(token, head).load()
                 if start:
-                    new = new - added(sum(board.index(const(i), at).load() * x
+                    new = new - added(sum(shared.index(const(i), at).load() * x
                                           for at, x in zip(before, others, strict=True)), j)
                 for at, x in zip(rows, news, strict=False):
-                    new = new - board.index(const(i), const(at)).load() * x
+                    new = new - shared.index(const(i), const(at)).load() * x
                 news.append(new)
             done = UOp.group(*(out.index(head, n, column, const(i)).store(x) for i, x in zip(rows, news, strict=True)))
             out = out.after(done)
@@ -111,14 +111,14 @@ def carried(q: Tensor, k: Tensor, total: Tensor, inside: Tensor, writes: Tensor,
         memory = memory.after(*(memory.index(const(c)).store(state.index(head, thread, first + c).load())
                                 for c in range(width)))
         held = [memory.after(n).index(const(c)).load() for c in range(width)]
-        board = shared_memory(0, dim, width)
-        board = board.after(UOp.barrier(*(board.index(thread, const(c)).store(x) for c, x in enumerate(held))))
+        shared = shared_memory(0, dim, width)
+        shared = shared.after(UOp.barrier(*(shared.index(thread, const(c)).store(x) for c, x in enumerate(held))))
         r = counter(dim // STEP, 4)
         places = [r * STEP + s for s in range(STEP)]
         erase, asked = ([x.load() for x in rows] for rows in (
             [writes.index(head, n, place + dim, row) for place in places],
             [q.index(own, n, place, row) for place in places]))
-        kept = [[board.index(place, mine + c).load() for place in places] for c in range(each)]
+        kept = [[shared.index(place, mine + c).load() for place in places] for c in range(each)]
         gone, read = ([added(sum(a * b for a, b in zip(factors, values, strict=True)), r) for values in kept]
                       for factors in (erase, asked))
         here, end = (total.index(head, n, at).load() for at in (row, const(chunk - 1)))

@@ -174,14 +174,14 @@ def by_heads(qkv: Column, channels: int, z: Column, b: Column, a: Column, ring: 
                       for column in columns]
             key, value, stores = head // share * dim, head * dim + 2 * keys, []
             if more:
-                board = shared_memory(2, LANES, dim)
+                shared = shared_memory(2, LANES, dim)
                 mine = (lane < 2).where(lane.minimum(1) * keys + key, value)        # lane 0: q, 1: k, others: v
                 made = [convolved(given[0], source, given[1], mine + column, qkv[1], t, position)
                         for column in columns]
-                board = board.after(UOp.barrier(*(board.index(lane, column).store(x)
+                shared = shared.after(UOp.barrier(*(shared.index(lane, column).store(x)
                                                   for column, (x, _) in zip(columns, made, strict=True))))
-                q, k = ([board.index(const(n), row).load() for row in rows] for n in range(2))
-                v, stores = [board.index(const(2), column).load() for column in columns], [store for _, store in made]
+                q, k = ([shared.index(const(n), row).load() for row in rows] for n in range(2))
+                v, stores = [shared.index(const(2), column).load() for column in columns], [store for _, store in made]
             else:
                 q, k = ([source.index(token, key + row + at).load() for row in rows] for at in (0, keys))
                 v = [source.index(token, value + column).load() for column in columns]

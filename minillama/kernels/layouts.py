@@ -32,15 +32,15 @@ from minillama.kernels.bits import (
     above,
     half_to_float,
     half_values,
-    joined,
     load,
     moved,
     nibbles,
+    pack_bits,
     pair_values,
-    parted,
     span_bytes,
     spread,
     times,
+    unpack_bits,
 )
 
 OCTET = 8
@@ -256,34 +256,35 @@ def _k_split(blocks: Tensor) -> tuple[Tensor, Tensor]:
     first, second, third = pairs[:, :4], pairs[:, 4:8], pairs[:, 8:]
     scales = (first & 63).cat((third & 15) | (first >> 6 << 4), dim=1)      # (blocks, 8), 0..63
     minima = (second & 63).cat((third >> 4) | (second >> 6 << 4), dim=1)
-    words = [joined(scales & 15, 4), joined(minima & 15, 4), joined((scales >> 4).cat(minima >> 4, dim=1), 2)]
-    return words[0].cat(*words[1:], dim=1), joined(span_bytes(blocks, 0, 4), 8, 2)
+    words = [pack_bits(scales & 15, 4), pack_bits(minima & 15, 4), pack_bits((scales >> 4).cat(minima >> 4, dim=1), 2)]
+    return words[0].cat(*words[1:], dim=1), pack_bits(span_bytes(blocks, 0, 4), 8, 2)
 
 
 def _k_scales(sixes: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum of each 32 values, (rows, columns / 32) float32 each."""
     rows, sixes = sixes.shape[0], sixes.reshape(-1, 3)
-    high = parted(sixes[:, 2:], 2)                                          # (blocks, 16)
-    scales = parted(sixes[:, :1], 4) | (high[:, :8] << 4)
-    minima = parted(sixes[:, 1:2], 4) | (high[:, 8:] << 4)
+    high = unpack_bits(sixes[:, 2:], 2)                                          # (blocks, 16)
+    scales = unpack_bits(sixes[:, :1], 4) | (high[:, :8] << 4)
+    minima = unpack_bits(sixes[:, 1:2], 4) | (high[:, 8:] << 4)
     d, m = (part.reshape(-1, 1) for part in pair_values(heads))
     return (d * scales.float()).reshape(rows, -1), (m * minima.float()).reshape(rows, -1)
 
 
 def _fifth_values(words: Tensor, high: Tensor) -> Tensor:
-    return (parted(words, 4) | (parted(high, 1) << 4)).float()
+    return (unpack_bits(words, 4) | (unpack_bits(high, 1) << 4)).float()
 
 
 def _q5_k_fifth(blocks: Tensor) -> Tensor:
     """Fifth bits in the values' order: the file has bit g of byte j for value 32 g + j."""
     groups = Tensor.arange(8, dtype=dtypes.uint32).reshape(1, 8, 1)
-    return joined(((span_bytes(blocks, 16, 48).unsqueeze(1) >> groups) & 1).reshape(blocks.shape[0], -1), 1)
+    return pack_bits(((span_bytes(blocks, 16, 48).unsqueeze(1) >> groups) & 1).reshape(blocks.shape[0], -1), 1)
 
 
 def _q6_k_high(blocks: Tensor) -> Tensor:
     """Upper bit pairs in the values' order: of 32 bytes, bits 2g of byte j for value 32 g + j of their 128 values."""
     shifts = (Tensor.arange(4, dtype=dtypes.uint32) * 2).reshape(1, 1, 4, 1)
-    return joined(((span_bytes(blocks, 128, 192).reshape(-1, 2, 1, 32) >> shifts) & 3).reshape(blocks.shape[0], -1), 2)
+    pairs = (span_bytes(blocks, 128, 192).reshape(-1, 2, 1, 32) >> shifts) & 3
+    return pack_bits(pairs.reshape(blocks.shape[0], -1), 2)
 
 
 def _signed(bytes: Tensor) -> Tensor:
@@ -301,44 +302,45 @@ SIXES, HEADS, HEAD = Part(WORD, 256, 3), Part(HALF, 256, 2), Part(HALF, 256)
 
 LAYOUTS = {layout.name: layout for layout in (
     Layout("F32", 1, 4, (Part(FLOAT, 1),),
-           lambda b: (joined(span_bytes(b, 0, 4), 8).bitcast(FLOAT),), lambda v: v, _plain_octet(lambda x: x), span=0),
-    Layout("F16", 1, 2, (Part(HALF, 1),), lambda b: (joined(span_bytes(b, 0, 2), 8, 2),), half_values,
+           lambda b: (pack_bits(span_bytes(b, 0, 4), 8).bitcast(FLOAT),), lambda v: v,
+           _plain_octet(lambda x: x), span=0),
+    Layout("F16", 1, 2, (Part(HALF, 1),), lambda b: (pack_bits(span_bytes(b, 0, 2), 8, 2),), half_values,
            _plain_octet(half_to_float)),
-    Layout("BF16", 1, 2, (Part(BITS, 1),), lambda b: (joined(span_bytes(b, 0, 2), 8, 2),),
+    Layout("BF16", 1, 2, (Part(BITS, 1),), lambda b: (pack_bits(span_bytes(b, 0, 2), 8, 2),),
            lambda v: (v.cast(WORD) << 16).bitcast(FLOAT), _plain_octet(lambda x: (x << 16).bitcast(FLOAT)), span=0),
     Layout("Q8_0", 32, 34, (Part(WORD, 4), SCALE),      # quants stored as quant + 128
-           lambda b: (joined(span_bytes(b, 2, 34) ^ 128, 8), joined(span_bytes(b, 0, 2), 8, 2)),
-           lambda q, s: _scaled(parted(q, 8).float() - 128, half_values(s)), _q8_octet),
+           lambda b: (pack_bits(span_bytes(b, 2, 34) ^ 128, 8), pack_bits(span_bytes(b, 0, 2), 8, 2)),
+           lambda q, s: _scaled(unpack_bits(q, 8).float() - 128, half_values(s)), _q8_octet),
     Layout("Q4_0", 32, 18, (QUANTS4, SCALE),
-           lambda b: (joined(nibbles(span_bytes(b, 2, 18), 16), 4), joined(span_bytes(b, 0, 2), 8, 2)),
-           lambda q, s: _scaled(parted(q, 4).float() - 8, half_values(s)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 2, 18), 16), 4), pack_bits(span_bytes(b, 0, 2), 8, 2)),
+           lambda q, s: _scaled(unpack_bits(q, 4).float() - 8, half_values(s)),
            lambda q, s, row, i: _octet4(q, row, i, 8, half_to_float(load(s, row, i // 4)))),
     Layout("Q4_1", 32, 20, (QUANTS4, PAIR),
-           lambda b: (joined(nibbles(span_bytes(b, 4, 20), 16), 4), joined(span_bytes(b, 0, 4), 8, 2)),
-           lambda q, p: _scaled(parted(q, 4).float(), *pair_values(p)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 4, 20), 16), 4), pack_bits(span_bytes(b, 0, 4), 8, 2)),
+           lambda q, p: _scaled(unpack_bits(q, 4).float(), *pair_values(p)),
            lambda q, p, row, i: _octet4(q, row, i, 0, *_pair(p, row, i // 4))),
     Layout("Q5_0", 32, 22, (QUANTS4, FIFTH, SCALE),
-           lambda b: (joined(nibbles(span_bytes(b, 6, 22), 16), 4), joined(span_bytes(b, 2, 6), 8),
-                      joined(span_bytes(b, 0, 2), 8, 2)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 6, 22), 16), 4), pack_bits(span_bytes(b, 2, 6), 8),
+                      pack_bits(span_bytes(b, 0, 2), 8, 2)),
            lambda q, h, s: _scaled(_fifth_values(q, h) - 16, half_values(s)),
            lambda q, h, s, row, i: _octet5(q, h, row, i, 16, half_to_float(load(s, row, i // 4)))),
     Layout("Q5_1", 32, 24, (QUANTS4, FIFTH, PAIR),
-           lambda b: (joined(nibbles(span_bytes(b, 8, 24), 16), 4), joined(span_bytes(b, 4, 8), 8),
-                      joined(span_bytes(b, 0, 4), 8, 2)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 8, 24), 16), 4), pack_bits(span_bytes(b, 4, 8), 8),
+                      pack_bits(span_bytes(b, 0, 4), 8, 2)),
            lambda q, h, p: _scaled(_fifth_values(q, h), *pair_values(p)),
            lambda q, h, p, row, i: _octet5(q, h, row, i, 0, *_pair(p, row, i // 4))),
     Layout("Q4_K", 256, 144, (QUANTS4, SIXES, HEADS),
-           lambda b: (joined(nibbles(span_bytes(b, 16, 144), 32), 4), *_k_split(b)),
-           lambda q, s, h: (lambda d, m: _scaled(parted(q, 4).float(), d, -m))(*_k_scales(s, h)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 16, 144), 32), 4), *_k_split(b)),
+           lambda q, s, h: (lambda d, m: _scaled(unpack_bits(q, 4).float(), d, -m))(*_k_scales(s, h)),
            lambda q, s, h, row, i: _octet4(q, row, i, 0, *_k_pair(s, h, row, i))),
     Layout("Q5_K", 256, 176, (QUANTS4, FIFTH, SIXES, HEADS),
-           lambda b: (joined(nibbles(span_bytes(b, 48, 176), 32), 4), _q5_k_fifth(b), *_k_split(b)),
+           lambda b: (pack_bits(nibbles(span_bytes(b, 48, 176), 32), 4), _q5_k_fifth(b), *_k_split(b)),
            lambda q, f, s, h: (lambda d, m: _scaled(_fifth_values(q, f), d, -m))(*_k_scales(s, h)),
            lambda q, f, s, h, row, i: _octet5(q, f, row, i, 0, *_k_pair(s, h, row, i))),
     Layout("Q6_K", 256, 210, (QUANTS4, Part(WORD, 16), Part(WORD, 64), HEAD),
-           lambda b: (joined(nibbles(span_bytes(b, 0, 128), 64), 4), _q6_k_high(b),
-                      joined(span_bytes(b, 192, 208), 8), joined(span_bytes(b, 208, 210), 8, 2)),
-           lambda q, p, s, h: _scaled((parted(q, 4) | (parted(p, 2) << 4)).float() - 32,
-                                      spread(half_values(h), 16) * _signed(parted(s, 8)), span=16), _q6_octet,
+           lambda b: (pack_bits(nibbles(span_bytes(b, 0, 128), 64), 4), _q6_k_high(b),
+                      pack_bits(span_bytes(b, 192, 208), 8), pack_bits(span_bytes(b, 208, 210), 8, 2)),
+           lambda q, p, s, h: _scaled((unpack_bits(q, 4) | (unpack_bits(p, 2) << 4)).float() - 32,
+                                      spread(half_values(h), 16) * _signed(unpack_bits(s, 8)), span=16), _q6_octet,
            span=16),
 )}

@@ -1,7 +1,7 @@
 """Products with packed weights for a few tokens: each weight is read once and unpacked where it is used.
 
 A row of weights meets the tokens octet by octet; quants are summed before their scale is applied (`sums.py`; on tensor
-cores, where they can be used: `few.py`). `linear` is the plain product; `gated` is the first half of the chosen
+cores, where they can be used: `mma.py`). `linear` is the plain product; `gated` is the first half of the chosen
 experts' SwiGLU networks, `shared_gated` that of the expert that sees every token, `mixed` the chosen experts' second
 half, added up.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
-from minillama.kernels import few, tuning
+from minillama.kernels import mma, tuning
 from minillama.kernels.block import const
-from minillama.kernels.few import Units
 from minillama.kernels.layouts import OCTET
+from minillama.kernels.mma import MmaRows
 from minillama.kernels.packed import Packed
 from minillama.kernels.sums import Factor, Rows, Vectors
 
@@ -62,14 +62,14 @@ def vectors(x: Tensor | Normed, given: tuple[UOp, ...], at: Callable[[UOp, UOp],
 
 
 def sums_along(*weights: Packed, tokens: int, rows: int = 0, times: int = 1, outer: int = 1,
-               besides: tuple[Packed, ...] = ()) -> Rows | Units:
+               besides: tuple[Packed, ...] = ()) -> Rows | MmaRows:
     """Sums along the rows of matrices that are read at once, or along `rows` of them; `besides`: others that are read,
     too. On tensor cores, where they can be used."""
     first, matrices = weights[0], len(weights)
     rows = rows or first.rows
-    cut = tuning.warps(first.device, rows, first.columns, tokens, matrices, outer, len(besides))
-    if cut and few.fits(*(weight.layout for weight in weights + besides)):
-        return Units(first.device, rows, first.columns, tokens, cut)
+    cut = tuning.mma_tiling(first.device, rows, first.columns, tokens, matrices, outer, len(besides))
+    if cut and mma.fits(*(weight.layout for weight in weights + besides)):
+        return MmaRows(first.device, rows, first.columns, tokens, cut)
     octets = first.columns // OCTET
     return Rows(first.device, rows, octets, tokens,
                 tuning.product(first.device, rows, octets, tokens, matrices, times, outer))
@@ -93,17 +93,17 @@ def linear_twin(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Te
 
 
 def linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = None) -> Tensor:
-    """As `linear_twin`. A bundle of threads computes some rows for all tokens: it reads their packed bytes once, x
+    """As `linear_twin`. A subgroup of threads computes some rows for all tokens: it reads their packed bytes once, x
     from the cache once for all of its rows, and writes one value a row and token."""
     work, given = sums_along(weight, tokens=x.shape[0]), inputs(x)
     extra = [] if residual is None else [residual]
 
     def kernel(out: UOp, *buffers: UOp) -> UOp:
-        xs, arrays = buffers[:len(given)], buffers[len(given) + len(extra):]
+        xs, added, arrays = buffers[:len(given)], buffers[len(given):][:len(extra)], buffers[len(given) + len(extra):]
         found = work.sums(Factor(weight.layout, arrays, lambda row, _: row, vectors(x, xs, lambda t, _: (t,))),
-                          ahead=lambda t, row: [one.index(t, row).load() for one in buffers[len(given):][:len(extra)]])
+                          prefetch=lambda t, row: [one.index(t, row).load() for one in added])
         return found.end(f"linear_{weight.format}_{work.tokens}_{weight.rows}_{weight.columns}",
-                         out.index(found.token, found.place).store(sum(found.ahead, found.totals[0])))
+                         out.index(found.token, found.place).store(sum(found.prefetched, found.totals[0])))
     return result(x.shape[0], weight.rows, like=given[0]).custom_kernel(
         *given, *extra, *weight.arrays, fxn=kernel)[0]
 
@@ -122,7 +122,7 @@ def gated_twin(x: Tensor, gate: Packed, up: Packed, ids: Tensor, share: Tensor) 
 
 
 def gated(x: Tensor | Normed, gate: Packed, up: Packed, ids: Tensor, share: Tensor, logits: bool = False) -> Tensor:
-    """As `gated_twin`; the expert's number is looked up inside, so that no expert is copied. A bundle of threads
+    """As `gated_twin`; the expert's number is looked up inside, so that no expert is copied. A subgroup of threads
     computes some rows of gate and up at once: it reads both packed, and x from the cache once for all of them.
     `logits`: `share` is still what shares are the softmax of, the largest first."""
     (tokens, used), (_, width, hidden), given = ids.shape, gate.shape, inputs(x)
@@ -135,8 +135,8 @@ def gated(x: Tensor | Normed, gate: Packed, up: Packed, ids: Tensor, share: Tens
         both = (gate, arrays[:len(gate.arrays)]), (up, arrays[len(gate.arrays):])
         places = [const(n) for n in range(used)] if logits else []
         found = work.sums(*(Factor(weight.layout, mine, lambda row, _: first + row, xs) for weight, mine in both),
-                          ahead=lambda *_: [share.index(token, n).load() for n in [place, *places]])
-        mine, *every = found.ahead
+                          prefetch=lambda *_: [share.index(token, n).load() for n in [place, *places]])
+        mine, *every = found.prefetched
         if logits:
             mine = (mine - every[0]).exp() / sum((one - every[0]).exp() for one in every)
         g, u = found.totals
@@ -156,7 +156,7 @@ def shared_gated_twin(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Ten
 
 def shared_gated(x: Tensor | Normed, gate: Packed, up: Packed, share: Tensor, router: Packed | None = None,
                  ) -> list[Tensor]:
-    """As `shared_gated_twin`; every bundle of threads computes the token's share anew, one row more among its own.
+    """As `shared_gated_twin`; every subgroup of threads computes the token's share anew, one row more among its own.
     Where the `router` (rows of gate, hidden) has a row for each of gate's, x times that, too: (tokens, rows). Where a
     norm is still to be taken, the last result is what it gives, (tokens, hidden): each row writes some of it."""
     (tokens, hidden), weights, given = x.shape, [gate, up, *([] if router is None else [router])], inputs(x)
@@ -203,9 +203,9 @@ def mixed_twin(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | Non
 
 def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = None,
           shared: tuple[Tensor, Packed] | None = None) -> Tensor:
-    """As `mixed_twin`: a bundle of threads goes through the same rows of all chosen experts, and writes their sum.
+    """As `mixed_twin`: a subgroup of threads goes through the same rows of all chosen experts, and writes their sum.
     `shared`: a vector (tokens, width) and a matrix (hidden, width) whose product is added. (Only where the sum over
-    experts is `tuning.written_out`.)"""
+    experts is `tuning.unrolled`.)"""
     (tokens, used, width), hidden = routed.shape, down.shape[1]
     extra, last = [] if residual is None else [residual], [] if shared is None else [shared[0], *shared[1].arrays]
     work = sums_along(down, tokens=1, rows=hidden, outer=used, besides=() if shared is None else (shared[1],))
@@ -217,9 +217,9 @@ def mixed(routed: Tensor, down: Packed, ids: Tensor, residual: Tensor | None = N
             vectors(routed, (routed,), lambda _, place: (token, place)))
         once = Factor(shared[1].layout, buffers[split + 1:], lambda row, _: row, vectors(
             shared[0], buffers[split:], lambda *_: (token,))) if shared else None
-        found = work.sums(each, outer=used, once=once, ahead=lambda _, row: [
+        found = work.sums(each, outer=used, once=once, prefetch=lambda _, row: [
             one.index(token, row).load() for one in buffers[:len(extra)]])
         return found.end(f"mixed_{down.format}_{tokens}_{used}_{width}_{hidden}",
-                         out.index(token, found.place).store(sum(found.ahead, found.totals[0])), over=(token,))
+                         out.index(token, found.place).store(sum(found.prefetched, found.totals[0])), over=(token,))
     return result(tokens, hidden, like=routed).custom_kernel(
         routed, ids, *extra, *down.arrays, *last, fxn=kernel)[0]

@@ -1,4 +1,4 @@
-"""Sums inside kernels: over a loop, or over *lanes*, threads that each add up a part and then meet."""
+"""Sums inside kernels: over a loop, or over *lanes*, threads that each add up a part and then combine their parts."""
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -7,13 +7,13 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 from minillama.kernels import tuning
 from minillama.kernels.block import const, shared_memory
 from minillama.kernels.layouts import OCTET, Layout
-from minillama.kernels.tuning import Cut, written_out
+from minillama.kernels.tuning import Tiling, unrolled
 
-BOARD = 11      # the numbers of the rooms where lanes meet
+SHARED = 11         # number of the first of two shared buffers
 
 
 def counter(size: int, number: int) -> UOp:
-    """What a sum runs over, 0 .. size - 1; the optimizer wants no loop of one."""
+    """The range of a sum, 0 .. size - 1; the optimizer wants no loop of one."""
     return UOp.range(size, number, AxisType.REDUCE) if size > 1 else const(0)
 
 
@@ -25,7 +25,7 @@ def added(x: UOp, *over: UOp) -> UOp:
 
 Value = Callable[[UOp, UOp, UOp, int], UOp]     # (token, term of an outer sum, octet, place in it) -> a vector's value
 Part = Callable[[UOp, UOp, UOp, UOp], UOp]      # (row, token, number of the first octet, term) -> sum
-Ahead = Callable[[UOp, UOp], list[UOp]]         # (token, row) -> what will be needed when the sums are done
+Prefetch = Callable[[UOp, UOp], list[UOp]]      # (token, row) -> values that are needed once the sums are done
 
 
 def nothing(token: UOp, row: UOp) -> list[UOp]:
@@ -34,20 +34,21 @@ def nothing(token: UOp, row: UOp) -> list[UOp]:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The vectors that rows are multiplied with: their values in a kernel. Where their RMS norm is not taken yet,
-    `plain` are the values without the norm's weight, `eps` is the norm's, and sums are scaled when they are done."""
+    """The vectors that rows are multiplied with: their values in a kernel. Where their RMS norm is still to be
+    applied, `plain` are the values without the norm's weight, `eps` is the norm's, and the finished sums are
+    scaled."""
     value: Value
     plain: Value | None = None
     eps: float = 0.0
 
     def scale(self, squares: UOp, size: int) -> UOp:
-        """What sums are scaled by, from the sum of `size` squares."""
+        """The factor for finished sums, from the sum of `size` squares."""
         return (squares * (1 / size) + self.eps).rsqrt()
 
 
 def dot(layout: Layout, arrays: tuple[UOp, ...], row: UOp, first: UOp, step: int, value: Callable[[UOp, int], UOp],
         in_place: bool = False) -> UOp:
-    """What the `step` octets from number `first` on add to the product of a row with a vector: an expression.
+    """The share of `step` octets, from number `first` on, in the product of a row with a vector: an expression.
 
     `value(i, k)` is the vector's value at place k of octet i; `in_place`: see `Octet.times`.
     """
@@ -65,7 +66,7 @@ class Factor:
     x: Vectors
 
     def part(self, step: int, device: str) -> Part:
-        """What `step` octets add to it. (Quants are multiplied where they lie, where a device can do that.)"""
+        """The share of `step` octets. (Quants are multiplied in place where a device can do that.)"""
         in_place = tuning.multiplies_subnormals(device)
         return lambda row, token, first, term: dot(
             self.layout, self.arrays, self.row(row, term), first, step,
@@ -74,48 +75,49 @@ class Factor:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sums along `rows` rows of `octets` octets each, for each of `tokens` tokens, cut as `tuning.product` says.
+    """Sums along `rows` rows of `octets` octets each, for each of `tokens` tokens, tiled as `tuning.product` says.
 
-    Without lanes a loop does it. With them a bundle of threads does `cut.each` rows: a lane takes a step of some
-    octets, the next lane the next step, and when all have done their share, two meetings add it up: first each lane
-    adds some lanes' sums, then each adds what is left of one row's, and is the one to go on with that row.
+    Without lanes it is a loop. With lanes, a subgroup of threads computes `cut.each` rows: lanes take alternate steps
+    of some octets, then a reduction in two stages through shared memory adds up their parts; each lane ends with the
+    sum of one row and token, and goes on with it.
     """
     device: str
     rows: int
     octets: int
     tokens: int
-    cut: Cut
+    cut: Tiling
 
-    def sums(self, *factors: Factor | Part, outer: int = 1, once: Factor | None = None, ahead: Ahead = nothing,
+    def sums(self, *factors: Factor | Part, outer: int = 1, once: Factor | None = None, prefetch: Prefetch = nothing,
              ) -> "Summed":
-        """The sum of each factor, or part, over all octets of a row, and over `outer` terms; `once` is added to the
-        first one's, not for each term of it. (Only where the terms are `tuning.written_out`.) `ahead`: what else is to
-        be read, so that nobody waits for it in the end."""
+        """The sum of each factor, or part, over all octets of a row and over `outer` terms; `once` is added to the
+        first sum a single time (only where the terms are `tuning.unrolled`). `prefetch`: values to load before the
+        reduction, so that their latency is hidden."""
         def part(one: Factor | Part) -> Part:
             return one.part(self.cut.step, self.device) if isinstance(one, Factor) else one
         parts, x = [part(one) for one in factors], factors[0].x
         if x.plain:
             parts.append(lambda _, token, first, term: sum(
                 x.plain(token, term, first + j, k).square() for j in range(self.cut.step) for k in range(OCTET)))
-        found = (self._over_lanes if self.cut.lanes > 1 else self._in_loops)(parts, outer, once and part(once), ahead)
+        form = self._over_lanes if self.cut.lanes > 1 else self._in_loops
+        found = form(parts, outer, once and part(once), prefetch)
         if not x.plain:
             return found
         *totals, squares = found.totals
         scale = x.scale(squares, self.octets * OCTET)
         return replace(found, totals=[y * scale for y in totals], scale=scale)
 
-    def _in_loops(self, parts: list[Part], outer: int, once: Part | None, ahead: Ahead) -> "Summed":
+    def _in_loops(self, parts: list[Part], outer: int, once: Part | None, prefetch: Prefetch) -> "Summed":
         row, token, i, term = UOp.range(self.rows, 0), UOp.range(self.tokens, 1), counter(
             self.octets // self.cut.step, 2), counter(outer, 3)
         return Summed([added(part(row, token, i * self.cut.step, term), term, i) for part in parts], row, token, row,
-                      (row, token), self.cut.opts, ahead(token, row))
+                      (row, token), self.cut.opts, prefetch(token, row))
 
-    def _over_lanes(self, parts: list[Part], outer: int, once: Part | None, ahead: Ahead) -> "Summed":
+    def _over_lanes(self, parts: list[Part], outer: int, once: Part | None, prefetch: Prefetch) -> "Summed":
         c, own = self.cut, self.cut.each * self.tokens
         block, lane = UOp.range(self.rows // (c.each * c.groups), 0), UOp.range(c.lanes, 1, AxisType.LOCAL)
-        bundle = UOp.range(c.groups, 2, AxisType.LOCAL) if c.groups > 1 else const(0)
-        first, loop = (block * c.groups + bundle) * c.each, counter(self.octets // (c.step * c.lanes * c.turns), 3)
-        written = written_out(self.device, outer)
+        subgroup = UOp.range(c.groups, 2, AxisType.LOCAL) if c.groups > 1 else const(0)
+        first, loop = (block * c.groups + subgroup) * c.each, counter(self.octets // (c.step * c.lanes * c.turns), 3)
+        written = unrolled(self.device, outer)
         term = const(0) if written else counter(outer, 4)
 
         def mine(part: Part, row: UOp, token: UOp) -> UOp:
@@ -125,28 +127,28 @@ class Rows:
                 found += [once(row, token, i, term) for i in steps]
             return added(sum(found[1:], found[0]), term, loop)
         found = [mine(part, first + r, const(t)) for part in parts for r in range(c.each) for t in range(self.tokens)]
-        last = lane.minimum(own - 1)                # this lane's row and token, of its bundle's
+        last = lane.minimum(own - 1)                # this lane's row and token, of its subgroup's
         row = last // self.tokens
         token = last - row * self.tokens
-        soon = ahead(token, first + row)
-        sums, _ = met(found, lane, c.lanes, bundle, c.groups, soon)
+        soon = prefetch(token, first + row)
+        sums, _ = lane_sums(found, lane, c.lanes, subgroup, c.groups, soon)
         totals = [sums(last + p * own) for p in range(len(parts))]
         return Summed(totals, first + row, token, (first + row).valid(lane < own),
-                      tuple(r for r in (block, lane, bundle) if r.op is Ops.RANGE), (), soon)
+                      tuple(r for r in (block, lane, subgroup) if r.op is Ops.RANGE), (), soon)
 
 
 @dataclass(frozen=True)
 class Summed:
-    """The sums of one row and token. `place`: the row to write to, by one thread alone; `ranges`: what is to end;
-    `ahead`: what was to be read, too; `scale`: of the vectors, where their norm was still to be taken (the sums are
-    scaled already)."""
+    """The sums of one row and token. `place`: the row to write to, valid in one thread alone; `ranges`: to be ended by
+    the kernel; `prefetched`: the values asked for; `scale`: of the vectors, where their norm was still to be applied
+    (the totals are scaled already)."""
     totals: list[UOp]
     row: UOp
     token: UOp
     place: UOp
     ranges: tuple[UOp, ...]
     opts: tuple
-    ahead: list[UOp]
+    prefetched: list[UOp]
     scale: UOp | None = None
 
     def end(self, name: str, *stores: UOp, over: tuple[UOp, ...] = ()) -> UOp:
@@ -154,18 +156,18 @@ class Summed:
         return UOp.group(*stores).end(*self.ranges, *over).sink(arg=KernelInfo(name, opts_to_apply=self.opts))
 
 
-def met(found: list[UOp], lane: UOp, lanes: int, bundle: UOp, bundles: int, besides: Iterable[UOp] = (),
-        ) -> tuple[Callable[[UOp], UOp], UOp]:
-    """All lanes of a bundle have found so many values each: sums over them, by the value's number; and the barrier
-    where they met, which waits for stores and reads `besides`, too."""
-    count, shares = len(found), tuning.sharers(len(found), lanes)
-    board = shared_memory(BOARD, bundles, lanes, count)
-    ready = UOp.barrier(*(board.index(bundle, lane, const(n)).store(x) for n, x in enumerate(found)), *besides)
-    board = board.after(ready)
+def lane_sums(found: list[UOp], lane: UOp, lanes: int, subgroup: UOp, subgroups: int, besides: Iterable[UOp] = (),
+              ) -> tuple[Callable[[UOp], UOp], UOp]:
+    """Reduces over the lanes of a subgroup, each of which has found so many values: the sums, by the value's number;
+    and the first barrier, which also waits for `besides`, stores and loads."""
+    count, shares = len(found), tuning.lanes_per_value(len(found), lanes)
+    shared = shared_memory(SHARED, subgroups, lanes, count)
+    ready = UOp.barrier(*(shared.index(subgroup, lane, const(n)).store(x) for n, x in enumerate(found)), *besides)
+    shared = shared.after(ready)
     if shares == 1:
-        return lambda n: sum(board.index(bundle, const(other), n).load() for other in range(lanes)), ready
-    rest, size, value = shared_memory(BOARD + 1, bundles, count, shares), lanes // shares, lane // shares
+        return lambda n: sum(shared.index(subgroup, const(other), n).load() for other in range(lanes)), ready
+    rest, size, value = shared_memory(SHARED + 1, subgroups, count, shares), lanes // shares, lane // shares
     share, value = lane - value * shares, value.minimum(count - 1)
-    partial = sum(board.index(bundle, share * size + n, value).load() for n in range(size))
-    rest = rest.after(UOp.barrier(rest.index(bundle, value, share).store(partial)))
-    return lambda n: sum(rest.index(bundle, n, const(other)).load() for other in range(shares)), ready
+    partial = sum(shared.index(subgroup, share * size + n, value).load() for n in range(size))
+    rest = rest.after(UOp.barrier(rest.index(subgroup, value, share).store(partial)))
+    return lambda n: sum(rest.index(subgroup, n, const(other)).load() for other in range(shares)), ready

@@ -1,9 +1,9 @@
 """How kernels are spread over threads, by device: numbers found by measuring, apart from what the kernels compute.
 
-A row's product is cut into *steps* of some octets. On a GPU, `lanes` threads share `rows` rows and add up what each
-found (`sums.py`): what a thread loads of x serves all these rows; `groups` such bundles make a thread block. CPUs have
-no such lanes: there a few rows at once keep the vector units busy. A number that does not divide the problem gives way
-to the next smaller power of two that does. What is not measured says so.
+A row's product is cut into *steps* of some octets. On a GPU, a subgroup of `lanes` threads shares `rows` rows and adds
+up its parts (`sums.py`), so that each load of x serves all these rows; `groups` subgroups make a thread block. CPUs
+have no lanes: there a few rows at once keep the vector units busy. A number that does not divide the problem gives way
+to the next smaller power of two that does. Numbers that were not measured say so.
 """
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from tinygrad.codegen.opt import Opt, OptOps
 
 @dataclass(frozen=True)
 class Spread:
-    """Octets a step, lanes a bundle, rows a bundle (without lanes: a thread), bundles a thread block. Where there are
-    lanes, `product` starts from these."""
+    """Octets a step, lanes a subgroup, rows a subgroup (without lanes: a thread), subgroups a thread block. Where
+    there are lanes, `product` starts from these."""
     step: int
     lanes: int
     rows: int
@@ -50,15 +50,15 @@ def spread_for(device: str) -> Spread:
     return SPREADS.get(backend(device), SPREADS["CPU"])
 
 
-def written_out(device: str, terms: int) -> bool:
-    """Whether lanes here take all so many terms of an outer sum at once."""
+def unrolled(device: str, terms: int) -> bool:
+    """Whether lanes here do all terms of an outer sum in straight-line code."""
     return spread_for(device).lanes > 1 and terms <= 16
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How a product is cut: octets a step; without lanes the optimizer's options; else lanes a bundle, rows that each
-    bundle does at once, bundles a thread block, and steps that a lane takes at once, written out."""
+class Tiling:
+    """How a product is tiled: octets a step; without lanes the optimizer's options; else lanes a subgroup, rows that a
+    subgroup does at once, subgroups a thread block, and steps of a lane that are unrolled."""
     step: int
     opts: tuple[Opt, ...] = ()
     lanes: int = 1
@@ -68,19 +68,19 @@ class Cut:
 
 
 def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, times: int = 1,
-            outer: int = 1) -> Cut:
+            outer: int = 1) -> Tiling:
     """The cut for so many rows and tokens, in a sum over `outer` terms; `times` over, for so many experts. Several
-    `matrices` that are read at once leave a bundle fewer rows of each.
+    `matrices` that are read at once leave a subgroup fewer rows of each.
 
-    Lanes do little work on much data: what one will read is asked for all at once, in loops written out, or it would
-    wait for the memory once a turn. (Measured on an H200.)
+    Lanes do little work on much data, so their loads are issued all at once, in unrolled loops; otherwise each
+    iteration would wait for the memory. (Measured on an H200.)
     """
     spread = spread_for(device)
     if spread.lanes == 1:
         each = fitting(max(1, spread.rows // matrices // (1 if tokens <= 2 else 2)), rows)
         opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
         opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
-        return Cut(fitting(spread.step, octets), tuple(opts))
+        return Tiling(fitting(spread.step, octets), tuple(opts))
     many, some = rows * times >= 8192, rows * times >= 2048
     step, lanes, each = spread.step, spread.lanes, spread.rows
     if outer > 1:
@@ -97,14 +97,14 @@ def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1,
     lanes = fitting(lanes, octets // step)
     each = fitting(max(1, min(each, lanes // tokens)), rows)    # a lane goes on with one row and token at most
     turns, threads = octets // step // lanes, spread.lanes * spread.groups if some else 2 * spread.lanes
-    at_once = fitting(WRITTEN // tokens, turns) if tokens <= 2 and written_out(device, outer) else 1
-    return Cut(step, (), lanes, each, fitting(max(1, threads // lanes), rows // each), at_once)
+    at_once = fitting(WRITTEN // tokens, turns) if tokens <= 2 and unrolled(device, outer) else 1
+    return Tiling(step, (), lanes, each, fitting(max(1, threads // lanes), rows // each), at_once)
 
 
 @dataclass(frozen=True)
-class WarpCut:
-    """How a product on tensor cores is cut (`few.py`): times 16 rows that a warp does at once, steps of 128 columns,
-    warps of a block, which share the columns, and tokens that a block does at once."""
+class WarpTiling:
+    """How a product on tensor cores is tiled (`mma.py`): times 16 rows that a warp does at once, its steps of 128
+    columns, warps a block, which divide the columns among them, and tokens that a block does at once."""
     each: int
     steps: int
     warps: int
@@ -114,43 +114,44 @@ class WarpCut:
 SHARED = 48 * 1024      # bytes that the threads of a block can share
 
 
-def sharers(values: int, lanes: int) -> int:
-    """Lanes that share a value where so many meet, each with so many values (`sums.met`): 1, or a power of two."""
+def lanes_per_value(values: int, lanes: int) -> int:
+    """How many lanes share the second stage of one value's reduction (`sums.lane_sums`): 1, or a power of two."""
     shares = 1
     while 2 * shares * values <= lanes and shares * shares < lanes:
         shares *= 2
     return shares
 
 
-def shared_bytes(cut: WarpCut, matrices: int, terms: int) -> int:
-    """What a block so cut wants, at most, in a sum over so many terms: `few.Board`, and what `sums.met` wants."""
+def shared_bytes(cut: WarpTiling, matrices: int, terms: int) -> int:
+    """Shared memory of a block, at most, in a sum over so many terms: that of `mma.SharedTile` and
+    `sums.lane_sums`."""
     units, lanes, values = cut.warps * cut.steps * cut.tokens * terms, 4 * cut.warps, 2 * cut.each * cut.tokens
-    meeting = 8 * matrices * values * (lanes + sharers(matrices * values, lanes))
+    meeting = 8 * matrices * values * (lanes + lanes_per_value(matrices * values, lanes))
     return units * (512 + 2 * 64) + 128 + 4 * (meeting + cut.tokens * lanes)
 
 
-def warps(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1,
-          more: int = 0) -> WarpCut | None:
-    """The cut for so many rows and tokens, in a sum over `outer` terms and some `more`; several `matrices` are read
-    at once. None: better without such units, or not possible. (Measured on an H200, for one token and two.)"""
+def mma_tiling(device: str, rows: int, columns: int, tokens: int, matrices: int = 1, outer: int = 1,
+          more: int = 0) -> WarpTiling | None:
+    """The tiling for so many rows and tokens, in a sum over `outer` terms and some `more`; several `matrices` are read
+    at once. None where tensor cores cannot, or better not, be used. (Measured on an H200, for one token and two.)"""
     steps = columns // 128
-    if not writes_units(device) or rows % 16 or columns % 128 or steps & steps - 1 or outer > 16:
+    if not uses_mma(device) or rows % 16 or columns % 128 or steps & steps - 1 or outer > 16:
         return None
     some = 1 if outer > 1 else fitting(4, max(1, steps // 2))
     for few in range(1 if outer > 1 else min(tokens, 4), 0, -1):
         each = 2 if rows >= 8192 and rows % 32 == 0 and few == 1 and matrices == 1 else 1
-        cut = WarpCut(each, some, steps // some, few)
+        cut = WarpTiling(each, some, steps // some, few)
         if shared_bytes(cut, matrices, outer + more) <= SHARED:
             return cut if 1 < cut.warps <= 16 and 2 * each * few <= 4 * cut.warps else None
     return None
 
 
-def writes_units(device: str) -> bool:
-    """Whether kernels for a few tokens use tensor cores: units that add up 16 terms, tried with CUDA alone."""
+def uses_mma(device: str) -> bool:
+    """Whether kernels for a few tokens use tensor cores: those that add up 16 terms, tried with CUDA alone."""
     return backend(device) == "CUDA" and has_tensor_cores(device, 16)
 
 
-def speaks_cuda(device: str) -> bool:
+def is_cuda(device: str) -> bool:
     """Whether expressions in CUDA's own words may stand in a kernel: not in tinygrad's emulator."""
     return backend(device) == "CUDA" and not device.startswith("PYTHON")
 

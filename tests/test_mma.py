@@ -11,7 +11,7 @@ from test_overlap import packed as unfilled
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
-from minillama.kernels import few, norm, product, tuning
+from minillama.kernels import mma, norm, product, tuning
 from minillama.kernels.layouts import LAYOUTS, OCTET
 from minillama.kernels.rendering import sources
 
@@ -40,7 +40,7 @@ def test_pairs_of_quants_are_the_quants_as_halves_would_hold_them(format):
     words = Tensor.empty(8, octets * 4, dtype=dtypes.uint32)
     words, quants = words.custom_kernel(Tensor.empty(8, 512), *weight.arrays, fxn=kernel)[:2]
     Tensor.realize(words, quants)
-    bits, pairs = int(np.log2(quants.numpy().max())), few.order(weight.layout)
+    bits, pairs = int(np.log2(quants.numpy().max())), mma.order(weight.layout)
     numbers = (quants.numpy().reshape(8, octets, OCTET) - 2 ** bits).astype(np.uint32)
     assert sorted(place for pair in pairs for place in (pair.first, pair.second)) == list(range(OCTET))
     assert all(0 <= pair.power and bits + pair.power <= 10 for pair in pairs)
@@ -49,9 +49,9 @@ def test_pairs_of_quants_are_the_quants_as_halves_would_hold_them(format):
 
 
 def test_only_quants_that_lie_alike_are_multiplied_with_the_same_x():
-    assert few.fits(LAYOUTS["Q4_0"], LAYOUTS["Q6_K"], LAYOUTS["Q5_1"]) and few.fits(LAYOUTS["Q8_0"])
-    assert not few.fits(LAYOUTS["Q4_0"], LAYOUTS["Q8_0"])
-    assert not any(few.fits(LAYOUTS[name]) for name in ("F32", "F16", "BF16"))
+    assert mma.fits(LAYOUTS["Q4_0"], LAYOUTS["Q6_K"], LAYOUTS["Q5_1"]) and mma.fits(LAYOUTS["Q8_0"])
+    assert not mma.fits(LAYOUTS["Q4_0"], LAYOUTS["Q8_0"])
+    assert not any(mma.fits(LAYOUTS[name]) for name in ("F32", "F16", "BF16"))
 
 
 @pytest.mark.parametrize("format", ("Q4_0", "Q6_K", "Q8_0"))
@@ -62,7 +62,7 @@ def test_products_for_a_few_tokens_use_units_and_no_more_shared_memory_than_ther
     weight = unfilled(format, rows, columns)
     source = sources(product.linear(x, weight))[0]
     assert shared(source) <= SHARED
-    if (cut := tuning.warps("CUDA", rows, columns, tokens)) is None:
+    if (cut := tuning.mma_tiling("CUDA", rows, columns, tokens)) is None:
         assert columns == 8192 and "mma.sync" not in source     # too much for a block
         return
     # a unit takes 16 rows, 16 terms and one token, with x in two parts
@@ -82,7 +82,7 @@ def test_sums_over_experts_use_units_where_a_block_has_room_for_all_vectors(used
 def test_units_that_add_up_other_numbers_of_terms_are_left_alone(monkeypatch):
     """Turing's take eight."""
     monkeypatch.setattr(tuning, "has_tensor_cores", lambda device, terms=0: terms in (0, 8))
-    assert tuning.warps("CUDA", 2048, 2048, 1) is None
+    assert tuning.mma_tiling("CUDA", 2048, 2048, 1) is None
 
 
 @pytest.mark.parametrize("tokens", (1, 3))
