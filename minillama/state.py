@@ -35,9 +35,9 @@ def stored(buffer: Tensor, values: Tensor, rows: slice | None = None) -> Tensor:
 
 
 def after(x: Tensor, *writes: Tensor) -> Tensor:
-    """x in a buffer of its own, whose readers find that the `writes` (results of `stored`) have happened.
+    """A copy of x that is ordered behind the `writes` (results of `stored`), and so are its readers.
 
-    The kernel that fills the buffer waits for the writes. `x.contiguous().uop.after(write)` looks the same but is not:
+    The kernel that fills its buffer waits for the writes. `x.contiguous().uop.after(write)` looks the same but is not:
     the scheduler then orders the reader behind neither (tinygrad 0.14).
     """
     fresh = Tensor.invalids(*x.shape, dtype=x.dtype, device=x.device).uop

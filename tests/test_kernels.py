@@ -1,27 +1,18 @@
 """Kernels written by hand against their plain-tensor twins, and packed weights against the file's own unpacking."""
 import numpy as np
 import pytest
-from arrays import TOLERANCE, integers, numbers, off, tensor, threads_share
+from arrays import TOLERANCE, from_raw, integers, numbers, off, packed, tensor, threads_share
 from tinygrad import Tensor, dtypes
 
-from minillama.blocks import FORMATS, pack, unpack
+from minillama.blocks import FORMATS, unpack
 from minillama.kernels import groups, norm, product, ring, router, tensor_cores, tuning
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed, rows_of, unpacked
+from minillama.packers import pack
 
 EACH = pytest.mark.parametrize("format", LAYOUTS)
 SOME = pytest.mark.parametrize("format", ("F16", "Q8_0", "Q4_0", "Q5_1", "Q4_K", "Q6_K"))
 TINY, LARGEST = 6e-8, 65504.0      # the smallest and the largest half
-
-
-def packed(format: str, *shape: int, seed: int = 0) -> Packed:
-    """A matrix of random values, rows of very different size, packed by the file's rules."""
-    values = numbers(*shape, seed=seed) * 10.0 ** np.random.default_rng(seed).integers(-2, 2, (*shape[:-1], 1))
-    return from_raw(pack(values.astype(np.float32), FORMATS[format]), format, *shape)
-
-
-def from_raw(raw: np.ndarray, format: str, *shape: int) -> Packed:
-    return Packed.from_bytes(Tensor(raw.reshape(int(np.prod(shape[:-1])), -1)), format, shape)
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
-"""Products for a few tokens on tensor cores: what goes into the units, and how much memory a block wants. (What comes
+"""Products for a few tokens on tensor cores: what goes into them, and how much memory a block wants. (What comes
 out of them only a GPU can say, or tinygrad's emulator: see test_render.py; and `judge.py` on a GPU.)"""
 import re
 
 import numpy as np
 import pytest
-from arrays import TOLERANCE, off, tensor, threads_share
-from test_kernels import packed
-from test_overlap import empty
-from test_overlap import packed as unfilled
+from arrays import TOLERANCE, empty, off, packed, tensor, threads_share, unfilled
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
@@ -57,7 +54,7 @@ def test_only_quants_that_lie_alike_are_multiplied_with_the_same_x():
 @pytest.mark.parametrize("format", ("Q4_0", "Q6_K", "Q8_0"))
 @pytest.mark.parametrize(("rows", "columns"), ((12352, 2048), (2048, 4096), (512, 256), (4096, 8192), (12288, 8192)))
 @pytest.mark.parametrize("tokens", (1, 2, 3, 8, 16))
-def test_products_for_a_few_tokens_use_units_and_no_more_shared_memory_than_there_is(format, rows, columns, tokens):
+def test_products_for_a_few_tokens_use_tensor_cores_and_fit_into_shared_memory(format, rows, columns, tokens):
     x = product.Normed(empty(tokens, columns), empty(columns), 1e-6)
     weight = unfilled(format, rows, columns)
     source = sources(product.linear(x, weight))[0]
@@ -72,14 +69,14 @@ def test_products_for_a_few_tokens_use_units_and_no_more_shared_memory_than_ther
 
 @pytest.mark.parametrize(("used", "width", "units"), ((10, 512, True), (8, 1024, True), (10, 1024, False),
                                                       (8, 2048, False), (2, 2048, True)))
-def test_sums_over_experts_use_units_where_a_block_has_room_for_all_vectors(used, width, units):
+def test_sums_over_experts_use_tensor_cores_where_a_block_has_room_for_all_vectors(used, width, units):
     down, shared_down = unfilled("Q4_0", 16, 512, width), unfilled("Q4_0", 512, width)
     source = sources(product.mixed(empty(1, used, width), down, empty(1, used, dtype=dtypes.int32), empty(1, 512),
                                    (empty(1, width), shared_down)))[0]
     assert ("mma.sync" in source) is units and shared(source) <= SHARED
 
 
-def test_units_that_add_up_other_numbers_of_terms_are_left_alone(monkeypatch):
+def test_tensor_cores_that_add_up_other_numbers_of_terms_are_left_alone(monkeypatch):
     """Turing's take eight."""
     monkeypatch.setattr(tuning, "has_tensor_cores", lambda device, terms=0: terms in (0, 8))
     assert tuning.mma_tiling("CUDA", 2048, 2048, 1) is None

@@ -3,35 +3,24 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from tinygrad import Tensor, dtypes
+from arrays import empty, unfilled
+from tinygrad import dtypes
 from tinygrad.device import Buffer
 from tinygrad.uop.ops import Ops
 
 from minillama.kernels import overlap, product
 from minillama.kernels.layouts import LAYOUTS
-from minillama.kernels.packed import Packed
 from minillama.kernels.rendering import sources
 
 IDS, SHARE, X = 1, 2, 3         # arguments of `product.gated`, behind its result
 
 
-def packed(format: str, *shape: int) -> Packed:
-    rows = shape[0] if len(shape) == 2 else shape[0] * shape[1]
-    parts = LAYOUTS[format].parts
-    return Packed(format, shape, tuple(Tensor.empty(*part.shape(rows, shape[-1]), dtype=part.on("CUDA"), device="CUDA")
-                                       for part in parts))
-
-
-def empty(*shape: int, dtype=dtypes.float32) -> Tensor:
-    return Tensor.empty(*shape, dtype=dtype, device="CUDA")
-
-
 def product_source(format: str = "Q4_0") -> str:
-    return sources(product.linear(empty(1, 2048), packed(format, 4096, 2048)))[0]
+    return sources(product.linear(empty(1, 2048), unfilled(format, 4096, 2048)))[0]
 
 
 def gated_source() -> str:
-    weights = packed("Q4_0", 16, 512, 2048), packed("Q4_0", 16, 512, 2048)
+    weights = unfilled("Q4_0", 16, 512, 2048), unfilled("Q4_0", 16, 512, 2048)
     return sources(product.gated(empty(1, 2048), *weights, empty(1, 4, dtype=dtypes.int32), empty(1, 4)))[0]
 
 
@@ -96,7 +85,7 @@ def test_blocks_that_can_have_registers_in_plenty_are_promised_them():
 def test_many_reads_that_others_look_up_are_left_where_they_are():
     """The sum over experts: with one scale a block it reads early, with a K format's scales it would read too much."""
     for format, reads_early in (("Q4_0", True), ("Q4_K", False)):
-        down, used = packed(format, 16, 512, 512), 10
+        down, used = unfilled(format, 16, 512, 512), 10
         source = sources(product.mixed(empty(1, used, 512), down, empty(1, used, dtype=dtypes.int32)))[0]
         first, _ = parts_of(overlap.waiting(source, frozenset({1}), frozenset(range(3, 3 + len(down.arrays)))))
         assert bool(first) == reads_early

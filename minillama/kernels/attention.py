@@ -1,9 +1,10 @@
 """Gated attention for a few tokens: rotate and store; where threads share memory, attend in parts, put together.
 
 Plain tensor code takes about ten kernels, and those that sum over positions take them one after the other, since their
-number is not known when they are compiled. Instead, the cache is cut into parts of some positions; a block of threads
-attends over one part, for all query heads that share its keys, and what the parts found is weighed at the end. Parts
-behind the text find nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein 2018 (online softmax).
+number is not known when they are compiled. Instead, the cache is split into parts of some positions; a block of
+threads attends over one part, for all query heads that share its keys, and a last kernel weighs the parts' results.
+Parts past the current position contribute nothing. Source: Dao et al. 2023, "Flash-Decoding"; Milakov & Gimelshein
+2018 (online softmax).
 """
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp

@@ -49,8 +49,8 @@ def times(x: UOp, factor: float) -> UOp:
 
 
 def as_halves(words: list[UOp], device: str) -> list[UOp]:
-    """Words as pairs of halves, the lower one first. (CUDA's compiler puts what is taken apart by shifts together by
-    shifts again, not what was a pair of halves at once; tinygrad's emulator knows nothing but shifts.)"""
+    """Words as pairs of halves, the lower one first. (CUDA's compiler would undo shifts by more shifts, but leaves a
+    `half2` alone; tinygrad's emulator knows shifts only.)"""
     if tuning.is_cuda(device):
         both = "tg_bitcast<half2>((uint){0})."
         return [UOp(Ops.CUSTOMI, HALF, (word,), both + part) for word in words for part in "xy"]
@@ -58,9 +58,8 @@ def as_halves(words: list[UOp], device: str) -> list[UOp]:
 
 
 def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
-    """x as two halves, x = first + second / low; what is beyond the largest half is taken for that. (What the first
-    one holds is asked of CUDA in its own words: tinygrad takes a float that became a half and a float again for what
-    it was.)"""
+    """x, clamped to the range of halves, as two of them: x = first + second / low. (The first one is read back by an
+    expression in CUDA C, since tinygrad folds a cast to half and back.)"""
     if tuning.is_cuda(device):
         x = UOp(Ops.CUSTOMI, FLOAT, (x,), f"fmaxf(fminf({{0}}, {LARGEST}f), -{LARGEST}f)")
         first = x.cast(HALF)

@@ -1,11 +1,11 @@
-"""What the threads of a block tell each other, through memory that they share."""
+"""Shared memory of a block's threads, and a mean over them."""
 from tinygrad import dtypes
 from tinygrad.dtype import AddrSpace
 from tinygrad.uop.ops import UOp
 
 from minillama.kernels.tuning import fitting
 
-MEAN = 9        # the number of the room where a mean is found
+MEAN = 9        # number of the first of two shared buffers
 
 
 def const(index: int) -> UOp:
@@ -14,14 +14,15 @@ def const(index: int) -> UOp:
 
 
 def shared_memory(number: int, *shape: int) -> UOp:
-    """Room that the threads of a block share, (shape) float32; each room of a kernel has a number of its own. (Left to
-    tinygrad, the numbers go on from kernel to kernel: the same one in two layers is then compiled twice.)"""
+    """A buffer that a block's threads share, (shape) float32; each one of a kernel has a number of its own. (If
+    tinygrad chose, numbers would go on from kernel to kernel, and the same kernel of two layers would be compiled
+    twice.)"""
     return UOp.placeholder(shape, dtypes.float32, number, AddrSpace.LOCAL)
 
 
 def mean_of_threads(x: UOp, thread: UOp, threads: int) -> UOp:
-    """The mean of a value that each thread has, known to all of them once all have met. They meet twice: each adds up
-    an eighth of the values, then the eight sums (one sum over all would be one long chain of additions)."""
+    """The mean of a value that each thread has, for all of them, in two stages: each thread adds up an eighth of the
+    values, then the eight sums (a single sum would be one long chain of additions)."""
     parts = fitting(8, threads)
     size, part = threads // parts, thread // (threads // parts)
     shared, sums = shared_memory(MEAN, threads), shared_memory(MEAN + 1, parts)

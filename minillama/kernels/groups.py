@@ -88,8 +88,8 @@ def in_halves(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups,
 
 
 def owner(experts: UOp, tile: UOp, weight: Packed) -> UOp:
-    """The expert of a tile; of one that is nobody's, any. (Bounded above as well, it makes loads join, and a GPU's
-    registers then do not suffice for 16 tokens: measured on an H100.)"""
+    """The expert of a tile; for an empty tile, any valid one. (Bounded above as well, it makes tinygrad join loads,
+    and a GPU's registers then do not suffice for 16 tokens: measured on an H100.)"""
     found = experts.index(tile).load().maximum(0)
     return (found if tuning.shares_memory(weight.device) else found.minimum(weight.shape[0] - 1)).cast(dtypes.weakint)
 

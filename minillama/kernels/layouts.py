@@ -68,8 +68,8 @@ class Field:
         return moved(self.word, self.start, self.count, place + self.weight)
 
     def in_place(self, x: UOp) -> tuple[UOp, UOp]:
-        """Two numbers whose product is that of these bits, at their weight, and x, but for 2^LOWERED. The first is the
-        masked word read as a float32 number, a subnormal one; the second makes up for how small it is."""
+        """Two factors whose product is bits * 2^weight * x * 2^-LOWERED. The first is the masked word, read as a
+        (subnormal) float32 number; the second is x, scaled up to make good for that."""
         low = 0 if self.start + self.count <= TOP else HIGH         # bits of the exponent come down first
         place = self.start - low
         return (moved(self.word, self.start, self.count, place).bitcast(FLOAT),
@@ -78,7 +78,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two quants of an octet as the halves of a word, subnormal ones: quant * 2^power, and that 2^-24 times."""
+    """Two quants of an octet as the subnormal halves of a word, each quant * 2^(power - 24)."""
     word: UOp
     first: int      # their places
     second: int
@@ -106,16 +106,17 @@ class Octet:
                               for fields in self.fields]
 
     def times(self, x: list[UOp], in_place: bool = False) -> UOp:
-        """The product of the octet's values with eight others: one multiplication and addition a value, and for what
-        the quants have too much, the sum of x (the same for all rows). `in_place`: of a field, which is not moved."""
+        """The dot product of the octet's values with eight others: one multiplication and addition a value, and the
+        sum of x (the same for all rows) to take the bias away again. `in_place`: one a field, and no field is
+        moved."""
         if self.plain or not in_place:
             return self.scaled(total(zip(self.quants, x, strict=True)), reduce(operator.add, x))
         y = total(field.in_place(v) for fields, v in zip(self.fields, x, strict=True) for field in fields)
         return self.scaled(y * 2.0 ** LOWERED, reduce(operator.add, x), self.bias)
 
     def scaled(self, total: UOp, sum_of_x: UOp, excess: int | None = None) -> UOp:
-        """The product of values with others, x, from that of numbers that are each so much more than n - bias (the
-        default: the quants)."""
+        """The dot product of the true values with x, from that of numbers which are each `excess` larger than n - bias
+        (by default those of `quants`)."""
         if self.plain:
             return total
         excess = self.bias + (1 << self.bits) if excess is None else excess
@@ -123,7 +124,7 @@ class Octet:
         return y if self.offset is None else y + sum_of_x * self.offset
 
     def pairs(self) -> list[Pair]:
-        """The quants two by two, as they lie: 16 bits apart in a word."""
+        """The quants in pairs, where they lie: 16 bits apart in a word."""
         found = []
         for place, (low, *more) in enumerate(self.fields):
             if low.start >= 16:

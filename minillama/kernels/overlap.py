@@ -1,16 +1,16 @@
 """CUDA graphs whose kernels start before the one before them has ended ("programmatic dependent launch").
 
-A token's kernels run for a few microseconds each, and to start one, to ask for its first weights and to wait for the
-last thread costs as much again. NVIDIA's GPUs from Hopper on can start a kernel once all blocks of the one before it
-run: it reads what is settled (weights, states), and *waits* before it reads what the other is about to write.
+A token's kernels run for a few microseconds each; launching one, fetching its first weights and draining its last
+threads costs as much again. NVIDIA's GPUs from Hopper on can start a kernel once all blocks of its predecessor run. It
+may then load, early, whatever that predecessor does not write (weights, states), and has to *wait*
+(`griddepcontrol.wait`) before it loads the rest.
 
-What is settled the graph knows: all that the kernel just before does not write. So a captured kernel is compiled once
-more, with its settled reads first, then the wait, then all else. The kernels form a chain, and each lets the next one
-start only after its own wait: when a kernel starts, all but the one just before it have ended.
+The captured graph knows what each kernel writes. So each kernel is compiled once more: early loads first, then the
+wait, then all else. The kernels form a chain, and each releases its successor only after its own wait: when a kernel
+starts, all kernels but its predecessor have ended.
 
-What a kernel before that one wrote has arrived in the memory, but PTX promises that only behind the wait. Where an
-early read's address comes from such a number (an expert that was chosen two kernels ago), the number is read from the
-second cache, which all share (`__ldcg`).
+PTX guarantees that writes of earlier kernels are visible only behind the wait. Where an early load's address depends
+on such a number (an expert that was chosen two kernels ago), the number is read through the L2 cache (`__ldcg`).
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, `griddepcontrol`.
 """
