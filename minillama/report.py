@@ -1,6 +1,7 @@
-"""The README's figures: drawn from data/results, between markers, so that text and measurements cannot drift apart.
+"""The figures of README.md and RESULTS.md: drawn from data/results, between markers, so that text and measurements
+cannot drift apart.
 
-`make results` calls this; a test fails when the README and the files differ.
+`make results` calls this; a test fails when a document and the result files differ.
 """
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from minillama.results import Result, Row, read_results
 from minillama.tables import device_of, markdown, speed
 
 ROOT = Path(__file__).parent.parent
-README, PICTURE = ROOT / "README.md", ROOT / "course" / "images" / "ladder.svg"
+README, RESULTS, PICTURE = ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "course" / "images" / "ladder.svg"
 BEGIN, END = "<!-- results: made by `make results` -->", "<!-- end of results -->"
 EXTRA = "naive, captured"
 # Tokens a second before and after #19375, which published them: M2 Ultra, Metal, Q4_0.
@@ -164,32 +165,79 @@ def bandwidth_section(result: Result) -> list[str]:
             tokens_table(result)]
 
 
-def results_section() -> str:
+def real_shapes() -> list[str]:
+    """The real model's shapes beside llama.cpp."""
+    return ["The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 "
+            "on the same kind of GPU:",
+            bench_table([result for result in read_results("bench", local=False) if result.model.name == BENCHED])]
+
+
+def factors(pairs: list[tuple[Result, Row | None, Row | None]]) -> str:
+    """How many times as fast each machine became: "CPU 7.9×, CL 12.2×"; of several runs of one, the range."""
+    found: dict[str, list[float]] = {}
+    for result, slow, fast in pairs:
+        if slow and fast:
+            found.setdefault(chip(result), []).append(per_token(slow) / per_token(fast))
+    return ", ".join(f"{name} {'–'.join(dict.fromkeys(f'{x:.2f}' for x in (min(times), max(times))))}×"
+                     for name, times in sorted(found.items()))
+
+
+def highlights() -> list[str]:
+    """What the course is about, in a line each."""
+    ladders, copies, drafts = (read_results(kind, local=False) for kind in ("ladder", "copies", "mtp"))
+    whole = [(result, row_of(result, EXTRA, "tg"), row_of(result, "grouped", "tg")) for result in ladders]
+    moved = [(result, row_of(result, "everywhere", "pp2048"), row_of(result, "none", "pp2048")) for result in copies
+             if result.device.backend != "CUDA"]
+    kept = {chip(result): speed(rows["pp512 kv"]) / speed(rows["pp512 without"]) for result in drafts
+            for rows in [{row.name: row for row in result.rows}] if result.model.name == BENCHED}
+    before, after = PUBLISHED["pp2048"]
+    return ["\n".join([
+        f"- From the first port to the last rung, both replayed, a generated token of the shipped model: "
+        f"{factors(whole)}.",
+        f"- Copies alone, prompts of 2,048 tokens: {factors(moved)} (llama.cpp #19375 on an M2 Ultra: "
+        f"{after / before:.2f}×).",
+        f"- What prompts of 512 tokens keep of their speed with multi-token prediction, 80B shapes: "
+        f"{', '.join(f'{name} {share:.1%}' for name, share in kept.items())} (llama.cpp on an H100, 1,376 "
+        f"tokens: 79–88 %)."])]
+
+
+def readme_section() -> str:
     """What stands between the README's markers."""
+    return "\n\n".join(["![Time per token of every rung, on every stored machine](course/images/ladder.svg)",
+                        *highlights(), *real_shapes()])
+
+
+def results_section() -> str:
+    """What stands between the markers of RESULTS.md."""
     ladders, copies, benches, bandwidths = (read_results(kind, local=False)
                                             for kind in ("ladder", "copies", "bench", "bandwidth"))
-    files = [result for result in benches if result.model.name == SHIPPED]
     machines = "; ".join(f"{result.device.backend}: {device_of(result)}" for result in ladders)
     return "\n\n".join([
+        "## The ladder",
         "![Time per token of every rung, on every stored machine](course/images/ladder.svg)",
         f"The shipped model, microseconds a token (tg: generating, pp: in a prompt), kernels and copies a token of "
         f"generation. {machines}. The rungs before `captured` build their graph in Python for every batch; prompts "
         f"are 64 tokens, 8 where the recurrence runs token by token.",
         ladder_table(ladders),
+        "## Copies",
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
         f"gain in speed (~: the middle halves of the samples overlap), with kernels, copies and kB moved a token, as "
         f"counted on the {device_of(max(copies, key=lambda result: result.created))}. Copies everywhere is the first "
         f"port's own code: it goes over the whole cache at once, and on a GPU it does without the kernels for a "
         f"prompt's chunks, so there the gain of a prompt is that of both:",
         copies_table(copies),
-        *(["The shipped model's files, tokens a second (one process a device, sample by sample in turn):",
-           formats_table(files)] if files else []),
-        "The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 on "
-        "the same kind of GPU:",
-        bench_table([result for result in benches if result.model.name == BENCHED]),
+        "## Formats",
+        "The shipped model's files, tokens a second (one process a device, sample by sample in turn):",
+        formats_table([result for result in benches if result.model.name == SHIPPED]),
+        "## The 80B's shapes",
+        *real_shapes(),
+        "## Packed weights",
         *(part for result in bandwidths for part in bandwidth_section(result)),
-        *drafts_section(read_results("drafts", local=False), read_results("mtp", local=False))]
-    ) if ladders and copies else "*No results are stored yet.*"
+        "## Multi-token prediction",
+        *drafts_section(read_results("drafts", local=False), read_results("mtp", local=False))])
+
+
+DOCUMENTS = {README: readme_section, RESULTS: results_section}
 
 
 def ladder_picture() -> Figure:
@@ -210,16 +258,16 @@ def ladder_picture() -> Figure:
     return figure
 
 
-def with_section(text: str) -> str:
-    """The README with its results section made anew. Raises ValueError where the markers are missing."""
+def with_section(text: str, section: str, name: str) -> str:
+    """A document with its section made anew. Raises ValueError where the markers are missing."""
     if BEGIN not in text or END not in text:
-        raise ValueError(f"{README.name} has lost its markers {BEGIN} and {END}")
-    return re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: f"{BEGIN}\n{results_section()}\n{END}", text,
-                  flags=re.S)
+        raise ValueError(f"{name} has lost its markers {BEGIN} and {END}")
+    return re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: f"{BEGIN}\n{section}\n{END}", text, flags=re.S)
 
 
 def main() -> None:
-    README.write_text(with_section(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, section in DOCUMENTS.items():
+        path.write_text(with_section(path.read_text(encoding="utf-8"), section(), path.name), encoding="utf-8")
     import matplotlib
     matplotlib.rcParams["svg.hashsalt"] = "minillama"
     ladder_picture().savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")

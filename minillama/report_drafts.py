@@ -1,4 +1,4 @@
-"""The README's tables of multi-token prediction: what drafting gains on text, and what it costs in speed alone."""
+"""The tables of multi-token prediction: what drafting gains on text, and what it costs in speed alone."""
 from minillama.results import Result
 from minillama.tables import device_of, markdown, speed
 

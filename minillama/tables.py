@@ -1,4 +1,4 @@
-"""What the README's tables share."""
+"""What the tables of README.md and RESULTS.md share."""
 from statistics import median
 
 from minillama.results import Result, Row

@@ -4,7 +4,7 @@ Rows are put into the order in which the engine reads them here, once, so that n
 (llama.cpp #18683 moved the same work from its graph into the conversion).
 """
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -202,18 +202,6 @@ def split_fused_input(rows: np.ndarray, config: ModelConfig) -> tuple[np.ndarray
     q, k, v, z = (part.reshape(-1, rows.shape[-1])
                   for part in np.split(grouped, [dim, 2 * dim, (2 + shared) * dim], axis=1))
     return np.concatenate([q, k, v]), z
-
-
-def overwrite(old: object, new: object) -> None:
-    """Put the values of one record of weights into the tensors of another of the same shapes: captured steps go on."""
-    if isinstance(old, Tensor):
-        old.assign(new).realize()
-    elif isinstance(old, tuple):
-        for mine, theirs in zip(old, new, strict=True):
-            overwrite(mine, theirs)
-    elif is_dataclass(old):
-        for field in fields(old):
-            overwrite(getattr(old, field.name), getattr(new, field.name))
 
 
 def load_weights(file: GGUF, config: ModelConfig, fused: bool = False, packed: bool = False,

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.host
 ROOT = Path(__file__).parent.parent
 MEGABYTES = 48
 LINES, COLUMNS = 350, 120
-ENGINE_LINES = 6100
+ENGINE_LINES = 5900
 
 
 def ours() -> list[Path]:
@@ -82,7 +82,7 @@ def test_the_readme_names_the_two_commands_and_its_links_lead_somewhere():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for command in ("lab", "test"):
         assert f"make {command}" in readme and command in targets
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "course" / "README.md"]:
+    for document in [ROOT / "README.md", ROOT / "RESULTS.md", ROOT / "CONTRIBUTING.md", ROOT / "course" / "README.md"]:
         for link in re.findall(r"\]\(([^)#\s]+)\)", document.read_text(encoding="utf-8")):
             assert "://" in link or (document.parent / link).exists(), f"{document.name}: {link} leads nowhere"
 

@@ -1,4 +1,4 @@
-"""The README says what data/results holds."""
+"""README.md and RESULTS.md say what data/results holds."""
 import pytest
 
 from minillama import report
@@ -7,14 +7,15 @@ from minillama.results import Result, Row
 pytestmark = pytest.mark.host
 
 
-def test_the_readme_and_the_result_files_agree():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.with_section(text) == text, "run `make results`"
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_and_the_result_files_agree(path):
+    text = path.read_text(encoding="utf-8")
+    assert report.with_section(text, report.DOCUMENTS[path](), path.name) == text, "run `make results`"
 
 
-def test_a_readme_without_its_markers_is_refused():
-    with pytest.raises(ValueError, match="markers"):
-        report.with_section("# minillama\n")
+def test_a_document_without_its_markers_is_refused():
+    with pytest.raises(ValueError, match="README.md has lost its markers"):
+        report.with_section("# minillama\n", "", "README.md")
 
 
 @pytest.mark.parametrize(("nanoseconds", "text"), ((1234560, "1,235"), (26040, "26.0")))
