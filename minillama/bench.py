@@ -166,23 +166,29 @@ class Bench:
             self.depth, self.kept = depth, [tensor.clone().realize() for tensor in tensors]
         synchronize()
 
-    def run(self, test: Trial, repetitions: int) -> tuple[list[int], int]:
-        """Warm up, then take the samples. Returns them, and what the warm-up took; all in nanoseconds."""
+    def warm_up(self, test: Trial) -> int:
+        """Capture what the test runs; returns the nanoseconds that took."""
         began = time.perf_counter_ns()
         self.go_to(test.depth)
         self.prompt(test.prompt)
         self.generate(min(test.generated, 2))       # one captures, one replays
-        warm, samples = time.perf_counter_ns() - began, []
         self.rounds = self.accepted = 0
-        for _ in range(repetitions):
-            self.go_to(test.depth)
-            began = time.perf_counter_ns()
-            self.prompt(test.prompt)
-            share, middle = 1.0, time.perf_counter_ns()
-            if test.generated:
-                share = self.generate(test.generated)
-            samples.append(middle - began + round((time.perf_counter_ns() - middle) * share))
-        return samples, warm
+        return time.perf_counter_ns() - began
+
+    def sample(self, test: Trial) -> int:
+        """Nanoseconds of one run."""
+        self.go_to(test.depth)
+        began = time.perf_counter_ns()
+        self.prompt(test.prompt)
+        share, middle = 1.0, time.perf_counter_ns()
+        if test.generated:
+            share = self.generate(test.generated)
+        return middle - began + round((time.perf_counter_ns() - middle) * share)
+
+    def run(self, test: Trial, repetitions: int) -> tuple[list[int], int]:
+        """Warm up, then take the samples. Returns them, and what the warm-up took; all in nanoseconds."""
+        warm = self.warm_up(test)
+        return [self.sample(test) for _ in range(repetitions)], warm
 
 
 def measure(weights: ModelWeights, config: ModelConfig, recipe: Recipe, tests: list[Trial],
