@@ -9,7 +9,8 @@ from minillama.kernels import attention as kernels
 from minillama.kernels import tensor_cores, tuning
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Column, Normed
-from minillama.layers import FEW, columns, linear, project, rms_norm, rope
+from minillama.kernels.tuning import FEW
+from minillama.layers import columns, linear, project, rms_norm, rope
 from minillama.state import KVChain
 from minillama.weights import AttentionWeights, Weight
 

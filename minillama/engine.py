@@ -15,7 +15,7 @@ from minillama.config import ModelConfig, check_tensors
 from minillama.gguf import GGUF
 from minillama.kernels import tuning
 from minillama.kernels.packed import Packed
-from minillama.layers import FEW, linear, rope_table
+from minillama.layers import linear, rope_table
 from minillama.model import Place, forward, forward_mtp, place_of
 from minillama.recipe import LOADED, Recipe
 from minillama.sampling import Sampler
@@ -149,8 +149,7 @@ class Engine:
         step = self.steps[key]
         if getattr(step, "captured", step) is not None:         # replayed; or eager, which captures nothing
             return step(*given)
-        # a prompt's kernels are long: started early, they only got in each other's way (an H200: 14 % slower)
-        with tuning.launches(self.device, self.recipe.launches == "early" and key[1] <= FEW):
+        with tuning.launches(self.device, self.recipe.launches == "early", key[1]):
             return step(*given)
 
     # ---- a text ---------------------------------------------------------------------------------------------------

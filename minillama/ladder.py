@@ -92,11 +92,13 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "tokens that picked the same expert share one reading of it", "prompts",
         "short batches: tiles are mostly padding; 64 tokens of the shipped model on a CPU", "`experts=gathered`",
         "random tokens spread over the experts more evenly than text does")),
-    ("overlapped", "17", "programmatic dependent launch, in a captured graph", {"launches": "early"}, Ledger(
-        "no kernel reads what the one before it writes until that has ended", "a kernel starts, and asks for its "
-        "weights, while the one before it ends", "decoding on NVIDIA's GPUs from Hopper on, where kernels are short",
-        "prompts, whose kernels are long: they start one after the other; and where early reads take too many "
-        "registers: these stay where they are", "`launches=after`",
+    ("overlapped", "17", "programmatic dependent launch; graphs where tinygrad has none", {"launches": "early"}, Ledger(
+        "no kernel reads what the one before it writes until that has ended",
+        "on a CPU and with OpenCL hardly any Python runs between kernels; on a GPU a kernel starts, and asks for its "
+        "weights, while the one before it ends",
+        "decoding, where kernels are short: on CPUs, with OpenCL, on NVIDIA's GPUs from Hopper on",
+        "prompts on a GPU, whose kernels are long: they start one after the other; and where early reads take too "
+        "many registers: these stay where they are", "`launches=after`",
         "a kernel repeated alone overlaps with itself: measure whole tokens")),
     ("draft", "14", "#22673: the MTP block guesses, the model verifies", {"draft": 3}, Ledger(
         "a greedy text stays the same, token by token; a sampled one keeps its distribution",

@@ -9,8 +9,7 @@ from tinygrad import Tensor, dtypes
 from minillama.kernels import product, tensor_cores, tuning
 from minillama.kernels.packed import Packed, rows_of, unpacked
 from minillama.kernels.product import Column, Normed
-
-FEW = 16    # tokens up to which a packed weight is unpacked inside its product; a prompt shares one unpacked copy
+from minillama.kernels.tuning import FEW
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

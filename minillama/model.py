@@ -10,7 +10,8 @@ from minillama.experts import experts_layer, few_tokens
 from minillama.kernels import ring, tuning
 from minillama.kernels.norm import rms_norm as kernel_norm
 from minillama.kernels.product import Normed
-from minillama.layers import FEW, lookup, rms_norm
+from minillama.kernels.tuning import FEW
+from minillama.layers import lookup, rms_norm
 from minillama.mtp import mtp_input
 from minillama.recipe import Recipe
 from minillama.state import DeltaRings, DeltaState, KVCache, KVChain, State, after, stored

@@ -32,9 +32,10 @@ class Recipe:
     two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and `experts` may be
     functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or "module:name" of one;
     an `experts` function that cannot read `Packed` weights goes with weights="float".
-    `launches="early"` lets a few tokens' kernels overlap where a GPU can (`kernels.overlap`); elsewhere it changes
-    nothing. `draft`: tokens that the MTP block guesses before the model looks at them, at most; with any,
-    `mtp_prefill` says what runs for prompts.
+    `launches="early"` lets a few tokens' kernels overlap where a GPU can (`kernels.overlap`), and replays captured
+    steps as graphs on a CPU and with OpenCL (`kernels.cpu_graph`, `cl_graph`); on Metal it changes nothing.
+    `draft`: tokens that the MTP block guesses before the model looks at them, at most; with any, `mtp_prefill` says
+    what runs for prompts.
     """
     delta: str | Callable = "fused"
     experts: str | Callable = "grouped"

@@ -23,6 +23,7 @@ class Spread:
     groups: int
 
 
+FEW = 16            # tokens up to which a weight is unpacked inside its product; a prompt shares one unpacked copy
 WRITTEN = 8         # turns of a loop over steps that lanes take at once, at most
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
 # CL (PoCL) and CPU: measured on a server's CPU of two cores
@@ -156,14 +157,24 @@ def is_cuda(device: str) -> bool:
     return backend(device) == "CUDA" and not device.startswith("PYTHON")
 
 
-def launches(device: str | None, early: bool) -> AbstractContextManager:
-    """Within it kernels of graphs that are captured on a device start before the one before them has ended, if `early`
-    and where that can be (`overlap`)."""
+def launches(device: str | None, early: bool, tokens: int = 1) -> AbstractContextManager:
+    """Within it steps for so many tokens are captured in such a way that their kernels start early, if `early`: on
+    CUDA before the kernel before them has ended (`overlap`), on a CPU without Python in between (`cpu_graph`).
+
+    A prompt's kernels are long: overlapping, they only got in each other's way (an H200: 14 % slower).
+    """
     device = device or Device.DEFAULT
-    if device.split(":")[0] != "CUDA":
+    kind = device.split(":")[0]
+    if kind == "CPU" and early:
+        from minillama.kernels import cpu_graph
+        return cpu_graph.launches(device)
+    if kind == "CL" and early:
+        from minillama.kernels import cl_graph
+        return cl_graph.launches(device)
+    if kind != "CUDA":
         return nullcontext()
     from minillama.kernels import overlap  # which needs CUDA's driver
-    return overlap.launches(device, early)
+    return overlap.launches(device, early and tokens <= FEW)
 
 
 def shares_memory(device: str) -> bool:
