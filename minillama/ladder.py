@@ -92,7 +92,7 @@ STEPS: list[tuple[str, str, str, dict[str, str], Ledger]] = [
         "tokens that picked the same expert share one reading of it", "prompts",
         "short batches: tiles are mostly padding; 64 tokens of the shipped model on a CPU", "`experts=gathered`",
         "random tokens spread over the experts more evenly than text does")),
-    ("overlapped", "17", "programmatic dependent launch; graphs where tinygrad has none", {"launches": "early"}, Ledger(
+    ("overlapped", "17", "programmatic dependent launch; graphs on CPUs and OpenCL", {"launches": "early"}, Ledger(
         "no kernel reads what the one before it writes until that has ended",
         "on a CPU and with OpenCL hardly any Python runs between kernels; on a GPU a kernel starts, and asks for its "
         "weights, while the one before it ends",
