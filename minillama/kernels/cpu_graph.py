@@ -21,17 +21,18 @@ from tinygrad.runtime.ops_cpu import MAX_ARGS
 from tinygrad.uop.ops import UOp
 
 HEAD = 2                        # words before a kernel's arguments: its address, their number
-SIZES = (8, 16, MAX_ARGS)       # arguments that a call in C has
+SIZES = (8, 16, MAX_ARGS)       # arguments of a call in C
 
 
-def source() -> str:
-    """The function that calls `count` kernels, one after the other."""
+def source(sizes: tuple[int, ...] = SIZES) -> str:
+    """The function that calls `count` kernels, one after the other; `sizes`: arguments that a call has."""
     def call(size: int) -> str:
-        kernel = f"((void (*)({', '.join(['word'] * size)}))at[0])"
-        return f"{kernel}({', '.join(f'at[{HEAD + n}]' for n in range(size))});"
-    cases = " else ".join(f"if (at[1] <= {size}) {call(size)}" for size in SIZES)
+        words, given = ", ".join(["word"] * size), ", ".join(f"at[{HEAD + n}]" for n in range(size))
+        return f"if (at[1] <= {size}) ((void (*)({words}))at[0])({given});"
+    cases = "\n    else ".join(map(call, sizes))
     return ("typedef unsigned long long word;\n"
-            f"void replay(word* at, word count) {{ for (; count; count--, at += {HEAD} + at[1]) {{ {cases} }} }}\n")
+            "void replay(word* at, word count) {\n"
+            f"  for (; count; count--, at += {HEAD} + at[1]) {{\n    {cases}\n  }}\n}}\n")
 
 
 class CPUGraph(GraphRunner):
