@@ -4,13 +4,11 @@ tinygrad gives a kernel its arguments anew at every launch. Here each kernel of 
 own, whose arguments stay; a replay sets those that differ, and puts one kernel after the other into the queue.
 """
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tinygrad import Device
 from tinygrad.device import Buffer
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import Context, is_image_shape
+from tinygrad.helpers import is_image_shape
 from tinygrad.runtime.autogen import opencl as cl
 from tinygrad.runtime.ops_cl import check, checked
 from tinygrad.uop.ops import UOp
@@ -80,15 +78,3 @@ def sizes(work: tuple[int, ...], group: tuple[int, ...] | None) -> tuple:
     if group is None:
         return len(work), words(*work), None
     return len(work), words(*(int(a * b) for a, b in zip(work, group, strict=True))), words(*group)
-
-
-@contextmanager
-def launches(device: str) -> Iterator[None]:
-    """Within it steps that are captured on this OpenCL device become graphs, one each."""
-    at = Device[device]
-    before, at.graph = at.graph, CLGraph
-    try:
-        with Context(JIT_BATCH_SIZE=0):
-            yield
-    finally:
-        at.graph = before

@@ -8,14 +8,12 @@ the table.
 As in tinygrad's own worker for CPUs, a kernel is called with whole words, and perhaps with more of them than it takes.
 """
 import ctypes
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tinygrad import Device
 from tinygrad.device import MultiBuffer, TinyELF
 from tinygrad.engine.jit import GraphRunner
-from tinygrad.helpers import Context
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.ops_cpu import MAX_ARGS
 from tinygrad.uop.ops import UOp
@@ -64,8 +62,10 @@ class CPUGraph(GraphRunner):
 
     @staticmethod
     def supports_uop(batch_devs: list, new_call: UOp) -> bool:
-        """One device; kernels that tinygrad divides among threads stay with it."""
-        return GraphRunner.supports_uop(batch_devs, new_call) and not new_call.src[0].arg.runtimevars
+        """One device, whose kernels clang compiles for a Unix; those that tinygrad divides among threads stay with
+        it."""
+        return (GraphRunner.supports_uop(batch_devs, new_call) and not new_call.src[0].arg.runtimevars
+                and isinstance(batch_devs[0].renderer, ClangRenderer) and os.name == "posix")
 
 
 def address(buffer) -> int:
@@ -73,15 +73,3 @@ def address(buffer) -> int:
     if isinstance(buffer, MultiBuffer):
         raise NotImplementedError("a buffer on several CPU devices")
     return buffer.ensure_allocated()._buf.va_addr
-
-
-@contextmanager
-def launches(device: str) -> Iterator[None]:
-    """Within it steps that are captured on this CPU device become graphs, one each."""
-    at = Device[device]
-    before, at.graph = at.graph, CPUGraph if isinstance(at.renderer, ClangRenderer) else at.graph
-    try:
-        with Context(JIT_BATCH_SIZE=0):
-            yield
-    finally:
-        at.graph = before

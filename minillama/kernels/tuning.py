@@ -5,12 +5,14 @@ up its parts (`sums.py`), so that each load of x serves all these rows; `groups`
 have no lanes: there a few rows at once keep the vector units busy. A number that does not divide the problem gives way
 to the next smaller power of two that does. Numbers that were not measured say so.
 """
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.helpers import Context
 
 
 @dataclass(frozen=True)
@@ -165,16 +167,28 @@ def launches(device: str | None, early: bool, tokens: int = 1) -> AbstractContex
     """
     device = device or Device.DEFAULT
     kind = device.split(":")[0]
-    if kind == "CPU" and early:
-        from minillama.kernels import cpu_graph
-        return cpu_graph.launches(device)
-    if kind == "CL" and early:
-        from minillama.kernels import cl_graph
-        return cl_graph.launches(device)
-    if kind != "CUDA":
+    if not early or kind not in ("CPU", "CL", "CUDA"):
         return nullcontext()
-    from minillama.kernels import overlap  # which needs CUDA's driver
-    return overlap.launches(device, early and tokens <= FEW)
+    if kind == "CPU":       # each needs its device's library
+        from minillama.kernels.cpu_graph import CPUGraph
+        return captured_by(device, CPUGraph)
+    if kind == "CL":
+        from minillama.kernels.cl_graph import CLGraph
+        return captured_by(device, CLGraph)
+    from minillama.kernels import overlap
+    return overlap.launches(device, tokens <= FEW)
+
+
+@contextmanager
+def captured_by(device: str, graph: type) -> Iterator[None]:
+    """Within it each step that is captured on a device becomes one graph of that kind."""
+    at = Device[device]
+    before, at.graph = at.graph, graph
+    try:
+        with Context(JIT_BATCH_SIZE=0):
+            yield
+    finally:
+        at.graph = before
 
 
 def shares_memory(device: str) -> bool:
