@@ -185,7 +185,7 @@ def factors(pairs: list[tuple[Result, Row | None, Row | None]]) -> str:
 def highlights() -> list[str]:
     """What the course is about, in a line each."""
     ladders, copies, drafts = (read_results(kind, local=False) for kind in ("ladder", "copies", "mtp"))
-    whole = [(result, row_of(result, EXTRA, "tg"), row_of(result, "grouped", "tg")) for result in ladders]
+    whole = [(result, row_of(result, EXTRA, "tg"), row_of(result, "overlapped", "tg")) for result in ladders]
     moved = [(result, row_of(result, "everywhere", "pp2048"), row_of(result, "none", "pp2048")) for result in copies
              if result.device.backend != "CUDA"]
     kept = {chip(result): speed(rows["pp512 kv"]) / speed(rows["pp512 without"]) for result in drafts

@@ -4,6 +4,7 @@ tinygrad gives a kernel its arguments anew at every launch. Here each kernel of 
 own, whose arguments stay; a replay sets those that differ, and puts one kernel after the other into the queue.
 """
 import ctypes
+from contextlib import suppress
 
 from tinygrad import Device
 from tinygrad.device import Buffer
@@ -57,8 +58,9 @@ class CLGraph(GraphRunner):
         return None
 
     def __del__(self):
-        for kernel in getattr(self, "kernels", ()):
-            cl.clReleaseKernel(kernel)
+        with suppress(AttributeError, TypeError):       # at the end of Python the library may be gone first
+            for kernel in self.kernels:
+                cl.clReleaseKernel(kernel)
 
     @staticmethod
     def supports_uop(batch_devs: list, new_call: UOp) -> bool:
