@@ -251,6 +251,16 @@ def test_a_device_is_found_or_says_what_to_install():
 
 
 @pytest.mark.host
+@pytest.mark.parametrize(("here", "opencl_on_a_cpu", "best"), (
+    ("METAL CL CPU", False, "METAL"), ("CUDA CL CPU", False, "CUDA"), ("CL CPU", False, "CL"), ("CL CPU", True, "CPU"),
+    ("CL", True, "CL"), ("", False, None)))
+def test_the_best_device_is_a_gpu_then_the_cpu_itself_then_opencl_on_it(here, opencl_on_a_cpu, best, monkeypatch):
+    monkeypatch.setattr(devices, "works", lambda name: name in here.split())
+    monkeypatch.setattr(devices, "_run", lambda code, name: SimpleNamespace(returncode=int(not opencl_on_a_cpu)))
+    assert devices.best() == best
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("value, unit, text", [
     (0, "s", "-"), (26.44e9, "B/s", "26.4 GB/s"), (999.96e-6, "s", "1.00 ms"), (200, "s", "200 s"),
     (1.2e12, "FLOP/s", "1.20 TFLOP/s"), (8.5e-5, "s", "85.0 µs"), (1e-12, "s", "0.00100 ns")])
