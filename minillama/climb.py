@@ -16,7 +16,6 @@ from time import perf_counter_ns
 import numpy as np
 from tinygrad import Tensor
 
-from minillama.commands import check_place
 from minillama.config import ModelConfig
 from minillama.engine import Engine
 from minillama.gguf import GGUF
@@ -156,8 +155,6 @@ def table(result: Result) -> str:
 
 def ladder(args: Namespace) -> None:
     """The command `ladder`."""
-    if args.output:
-        check_place(args.output)
     for result in climb(args.model or str(SHIPPED), args.kind, args.repeats,
                         lambda name: print(name, file=sys.stderr, flush=True)):
         path = write_result(result, local=not args.store)

@@ -263,6 +263,8 @@ def perplexity(args: Namespace) -> None:
 
 def ladder(args: Namespace) -> None:
     """Measure the ladder."""
+    if args.output:
+        check_place(args.output)
     open_device()
     from minillama import climb
     climb.ladder(args)

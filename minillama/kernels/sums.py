@@ -9,7 +9,7 @@ from minillama.kernels.block import const, shared_memory
 from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.tuning import Tiling, unrolled
 
-SHARED = 11         # number of the first of two shared buffers
+LANE_SUMS = 11         # number of the first of two shared buffers
 
 
 def counter(size: int, number: int) -> UOp:
@@ -161,12 +161,12 @@ def lane_sums(found: list[UOp], lane: UOp, lanes: int, subgroup: UOp, subgroups:
     """Reduces over the lanes of a subgroup, each of which has found so many values: the sums, by the value's number;
     and the first barrier, which also waits for `besides`, stores and loads."""
     count, shares = len(found), tuning.lanes_per_value(len(found), lanes)
-    shared = shared_memory(SHARED, subgroups, lanes, count)
+    shared = shared_memory(LANE_SUMS, subgroups, lanes, count)
     ready = UOp.barrier(*(shared.index(subgroup, lane, const(n)).store(x) for n, x in enumerate(found)), *besides)
     shared = shared.after(ready)
     if shares == 1:
         return lambda n: sum(shared.index(subgroup, const(other), n).load() for other in range(lanes)), ready
-    rest, size, value = shared_memory(SHARED + 1, subgroups, count, shares), lanes // shares, lane // shares
+    rest, size, value = shared_memory(LANE_SUMS + 1, subgroups, count, shares), lanes // shares, lane // shares
     share, value = lane - value * shares, value.minimum(count - 1)
     partial = sum(shared.index(subgroup, share * size + n, value).load() for n in range(size))
     rest = rest.after(UOp.barrier(rest.index(subgroup, value, share).store(partial)))

@@ -161,7 +161,8 @@ def is_cuda(device: str) -> bool:
 
 def launches(device: str | None, early: bool, tokens: int = 1) -> AbstractContextManager:
     """Within it steps for so many tokens are captured in such a way that their kernels start early, if `early`: on
-    CUDA before the kernel before them has ended (`overlap`), on a CPU without Python in between (`cpu_graph`).
+    CUDA before the kernel before them has ended (`overlap`), on a CPU without Python in between (`cpu_graph`), with
+    OpenCL with little of it (`cl_graph`). Elsewhere tinygrad captures as it does.
 
     A prompt's kernels are long: overlapping, they only got in each other's way (an H200: 14 % slower).
     """
