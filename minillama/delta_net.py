@@ -8,7 +8,9 @@ from tinygrad import Tensor
 
 from minillama.config import ModelConfig
 from minillama.kernels import chunks as chunk_kernels
+from minillama.kernels import conv
 from minillama.kernels import delta as kernels
+from minillama.kernels.packed import Packed
 from minillama.kernels.product import Normed
 from minillama.layers import columns, l2_norm, linear, project, rms_norm
 from minillama.weights import DeltaNetWeights
@@ -133,9 +135,17 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     inputs of the convolution, of which the caller keeps the last; and the new state.
     """
     tokens, c = x.shape[0], config
-    channels, z, b, a = project(x, w.inputs, (c.conv_channels, c.value_width, c.v_heads, c.v_heads))
-    past = window.cat(channels, dim=0).contiguous()                         # the window is read before its update
-    qkv = causal_conv(past, w.conv)
+    widths = (c.conv_channels, c.value_width, c.v_heads, c.v_heads)
+    if isinstance(w.inputs[0], Packed) and x.ndim == 2 and conv.fits(x.device, tokens):
+        runs, window = columns(x, w.inputs, widths), window.contiguous()
+        qkv, buffer = conv.conv(runs[0], window, w.conv)
+        channels, z, b, a = ((buffer if y is runs[0][0] else y)[:, at:at + width]
+                             for (y, at), width in zip(runs, widths, strict=True))
+        past = window.cat(channels, dim=0)
+    else:
+        channels, z, b, a = project(x, w.inputs, widths)
+        past = window.cat(channels, dim=0).contiguous()                     # the window is read before its update
+        qkv = causal_conv(past, w.conv)
     q, k, v = (part.reshape(tokens, -1, c.state_dim)
                for part in qkv.split([c.key_width, c.key_width, c.value_width], dim=-1))
     g = ((a + w.dt_bias).softplus() * w.a).reshape(tokens, -1)              # (tokens, v_heads)

@@ -6,7 +6,7 @@ picked, by index), take the same arguments and are equal. Source: Shazeer et al.
 from tinygrad import Tensor, dtypes
 
 from minillama.config import ModelConfig
-from minillama.kernels import groups, product, router, tuning
+from minillama.kernels import gemm, gemm_experts, groups, halves, product, router, tuning
 from minillama.kernels.packed import Packed, unpacked
 from minillama.kernels.product import Normed
 from minillama.layers import linear, project, swiglu
@@ -82,11 +82,24 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, resi
     else:
         ids, probs, every = route(rows, w.router, config.experts_used)
     y = routed(rows, w, ids, probs)
-    gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
-    shared = linear(swiglu(gate, up), w.shared_down)
-    y = y + shared * (rows * w.shared_gate).sum(axis=-1, keepdim=True).sigmoid()
+    share = (rows * w.shared_gate).sum(axis=-1, keepdim=True).sigmoid()     # (tokens, 1)
+    if in_tiles(rows, w):
+        gate, up = w.shared_inputs
+        h = gemm_experts.gated(halves.halves(rows, gate.layout), gate, up, w.shared_down.layout, share.reshape(-1))
+        y = gemm.linear(h, w.shared_down, y)
+    else:
+        gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
+        y = y + linear(swiglu(gate, up), w.shared_down) * share
     y = y.reshape(x.shape)
     return y if residual is None else y + residual, every, ids
+
+
+def in_tiles(x: Tensor, w: ExpertWeights) -> bool:
+    """Whether the shared expert of many tokens is a product of tiles (`gemm_experts.py`). x (tokens, hidden)."""
+    weights = *w.shared_inputs, w.shared_down
+    return tuning.uses_mma(x.device) and x.shape[0] % 8 == 0 and len(weights) == 3 and all(
+        isinstance(weight, Packed) for weight in weights) and halves.fits(*w.shared_inputs) and halves.fits(
+        w.shared_down)
 
 
 def few_tokens(x: Tensor | Normed, w: ExpertWeights, config: ModelConfig, residual: Tensor) -> Tensor:

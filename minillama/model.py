@@ -98,13 +98,13 @@ def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
     """One layer with its state. x and result (tokens, hidden).
 
     In plain tensor code it is a function that is scheduled once per kind of layer, however many there are. Kernels
-    written by hand are scheduled quickly as they are, and a function would copy its last result.
+    written by hand are scheduled quickly as they are, and a function would copy some of their results.
     """
     packed = recipe.weights == "packed"
     norm = norm_of(recipe)
     few = packed and x.shape[0] <= FEW and recipe.experts in ("gathered", "grouped")
     if few:
-        norm = Normed if tuning.norms_inside(x.device) else norm
+        norm = Normed if tuning.norms_inside(x.device, x.shape[0]) else norm
         h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, at, x, few)
         return few_tokens(norm(h, w.post_norm, config.norm_eps), w.experts, config, h)
 
@@ -113,7 +113,8 @@ def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
         h = mix(norm(x, w.norm, config.norm_eps), w, config, recipe, part, table, place, x)
         y = norm(h, w.post_norm, config.norm_eps)
         return experts_layer(y, w.experts, config, recipe.form("experts"), h)[0].contiguous()
-    if not isinstance(part, KVChain):       # which must not keep tensors that live inside a function
+    by_hand = packed and tuning.shares_memory(x.device)
+    if not isinstance(part, KVChain) and not by_hand:   # a chain must not keep tensors that live inside a function
         layer = function(layer, precompile=True, allow_implicit=True)
     return layer(x, at.start, at.valid, at.position, at.end)
 

@@ -61,4 +61,4 @@ def threads_share(monkeypatch):
     monkeypatch.setitem(tuning.SPREADS, "CL", tuning.GPU)
     monkeypatch.setattr(tuning, "SHARING", (*tuning.SHARING, "CL"))
     monkeypatch.setattr(tuning, "multiplies_subnormals", tuning.shares_memory)
-    monkeypatch.setattr(tuning, "norms_inside", tuning.shares_memory)
+    monkeypatch.setattr(tuning, "norms_inside", lambda device, tokens: tuning.shares_memory(device))

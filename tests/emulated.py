@@ -4,8 +4,8 @@ test_render.py, with DEV=PYTHON::sm_90 or DEV=PYTHON::METAL.
     python emulated.py CUDA|METAL FORMAT
 
 Prints, for a dense product, for tiles of experts and for a prompt's attention, the largest difference from the twin,
-relative to its largest value. With CUDA then the same for a few tokens: a product, one of what has no norm yet, both
-halves of the chosen experts' networks.
+relative to its largest value. With CUDA then products in tiles that go through shared memory, of all formats; and for a
+few tokens: a product, one of what has no norm yet, both halves of the chosen experts' networks.
 """
 import sys
 
@@ -13,7 +13,8 @@ import numpy as np
 from tinygrad import Tensor, UOp
 
 from minillama.attention import BLOCK, attend, attend_in_blocks
-from minillama.kernels import groups, mma, norm, product, tensor_cores, tuning
+from minillama.kernels import gemm, gemm_experts, groups, halves, mma, norm, product, tensor_cores, tuning
+from minillama.kernels.layouts import LAYOUTS
 from minillama.shapes import hashed, random_packed
 
 BACKEND, FORMAT = sys.argv[1:]
@@ -45,6 +46,30 @@ def few_tokens(fill) -> None:
     print(off(product.mixed(routed, down, ids, None, (x, shared)), want))
 
 
+def in_tiles(fill) -> None:
+    """Several stages, a last block that does some rows twice, both tilings of a warp; and the expert of all tokens."""
+    rng = np.random.default_rng(2)
+    for tokens, rows, columns in ((16, 48, 256), (64, 160, 256)):
+        weight = random_packed(FORMAT, (rows, columns), 0.1, fill)
+        x, residual = (Tensor(rng.standard_normal((tokens, size), dtype=np.float32)).realize()
+                       for size in (columns, rows))
+        assert halves.fits(weight)
+        got = gemm.linear(halves.halves(x, weight.layout), weight, residual)
+        print(off(got, product.linear_twin(x, weight, residual)))
+    gate, up = (random_packed(FORMAT, (64, 256), 0.1, fill) for _ in range(2))
+    down, share = random_packed(FORMAT, (256, 256), 0.1, fill), Tensor(rng.random(16, dtype=np.float32)).realize()
+    x = Tensor(rng.standard_normal((16, 256), dtype=np.float32)).realize()
+    h = gemm_experts.gated(halves.halves(x, gate.layout), gate, up, LAYOUTS[FORMAT], share)
+    found = h.parts.numpy().astype(np.float32).reshape(16, 2, 2, 4, 4, 2)       # place, span, part, octet, pair, place
+    got = np.zeros((16, 2, 4, 8), dtype=np.float32)
+    for n, pair in enumerate(halves.order(down.layout)):
+        for k, place in enumerate((pair.first, pair.second)):
+            got[..., place] = (found[:, :, 0, :, n, k] + found[:, :, 1, :, n, k] / mma.LOW) * 2.0 ** (
+                pair.power + mma.DOWN)
+    want = (product.linear_twin(x, gate).silu() * product.linear_twin(x, up) * share.unsqueeze(1)).numpy()
+    print(float(np.abs(got.reshape(16, 64) - want).max() / np.abs(want).max()))
+
+
 def main() -> None:
     tuning.backend = lambda device: BACKEND
     rng, fill = np.random.default_rng(0), hashed()
@@ -63,6 +88,8 @@ def main() -> None:
     start = UOp.variable("start", 0, BLOCK).bind(BLOCK - 5)     # the text ends in the second block
     got, seen = attend_in_blocks(q, keys, values, start), BLOCK - 5 + TOKENS
     print(off(got, attend(q, keys[:seen], values[:seen], BLOCK - 5)))
+    if BACKEND == "CUDA":
+        in_tiles(fill)
     if BACKEND == "CUDA" and FORMAT != "F16":
         few_tokens(fill)
 

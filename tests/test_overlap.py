@@ -82,13 +82,17 @@ def test_blocks_that_can_have_registers_in_plenty_are_promised_them():
     assert f"__launch_bounds__({bound}, 2)" in few and f"__launch_bounds__({bound})" in many
 
 
-def test_many_reads_that_others_look_up_are_left_where_they_are():
-    """The sum over experts: with one scale a block it reads early, with a K format's scales it would read too much."""
+def test_of_many_reads_that_look_something_up_only_that_comes_early():
+    """The sum over experts: with one scale a block it reads weights early, with a K format's scales too many."""
     for format, reads_early in (("Q4_0", True), ("Q4_K", False)):
         down, used = unfilled(format, 16, 512, 512), 10
         source = sources(product.mixed(empty(1, used, 512), down, empty(1, used, dtype=dtypes.int32)))[0]
-        first, _ = parts_of(overlap.waiting(source, frozenset({1}), frozenset(range(3, 3 + len(down.arrays)))))
-        assert bool(first) == reads_early
+        first, rest = parts_of(overlap.waiting(source, frozenset({1}), frozenset(range(3, 3 + len(down.arrays)))))
+        assert reads(first, 2)                          # the experts' numbers
+        assert bool(reads(first, 3)) == reads_early
+        if not reads_early:                             # then behind the wait, and before any barrier
+            end = rest.index(overlap.AGAIN)
+            assert reads(rest[:end], 3) and not reads(rest[end:], 3)
 
 
 def buffer(nbytes: int, base: Buffer | None = None, offset: int = 0) -> Buffer:

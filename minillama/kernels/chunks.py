@@ -15,8 +15,9 @@ from minillama.kernels.product import result
 from minillama.kernels.sums import added, counter
 
 CHUNK = 64          # tokens
-COLUMNS = 8         # of the memory, of a block (both measured on an H100)
-TERMS, STEP = 4, 8  # of a sum that are read at once, in either kernel
+COLUMNS = 16        # of the memory, of a block (measured on an H200)
+TERMS, STEP = 4, 16 # of a sum that are read at once, in either kernel
+THREADS = 1024      # of a block, at most
 REGISTERS = 1000    # a number that none of the optimizer's own sums has
 ROWS = 8            # of a chunk whose solution is kept in registers: all in one would take compilers long
 
@@ -24,7 +25,7 @@ ROWS = 8            # of a chunk whose solution is kept in registers: all in one
 def fits(device: str, tokens: int, dim: int) -> bool:
     """Whether these kernels can do that many tokens with memories of that size on a device."""
     divided = tokens % CHUNK == 0 and dim % CHUNK == 0 and CHUNK * CHUNK % (2 * dim) == 0     # among threads
-    return tuning.shares_memory(device) and divided and dim <= COLUMNS * CHUNK
+    return tuning.shares_memory(device) and divided and 2 * dim <= THREADS
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = CHUNK,

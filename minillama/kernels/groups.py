@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
-from minillama.kernels import tensor_cores, tuning
+from minillama.kernels import gemm_experts, halves, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
@@ -66,6 +66,10 @@ def group(ids: Tensor, experts: int) -> Groups:
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, share: Tensor) -> Tensor:
     """Every token's chosen experts, added up: (tokens, hidden). x (tokens, hidden); gate, up (experts, width, hidden);
     down (experts, hidden, width); share (tokens, used)."""
+    if tuning.uses_mma(x.device) and halves.fits(gate, up) and halves.fits(down):
+        tiles = gemm_experts.Tiles(groups.tile, groups.experts, groups.rows, share.shape[1])
+        h = gemm_experts.gated(halves.halves(x, gate.layout), gate, up, down.layout, share.reshape(-1), tiles)
+        return summed(gemm_experts.mixed(h, down, tiles), groups)
     if all(tuning.multiplies_halves(x.device, weight.shape[1]) and tensor_cores.fits(weight)
            for weight in (gate, up, down)):
         return summed(in_halves(x, gate, up, down, groups, share), groups)

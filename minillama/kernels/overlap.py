@@ -41,7 +41,7 @@ RECENT = 16     # calls: what the last ones wrote lies in the cache; to read it 
 SHARE = 6       # blocks a multiprocessor, at most, for early reads: of more, most start when there is no wait left
 MOST = 64       # early reads where some are looked up by others (an H200: sums over experts, 10 to 22 instead of 6 µs)
 
-REGISTERS, PLENTY = 65536, 112  # of a multiprocessor; of a thread, from which on early reads fit beside the rest
+REGISTERS, PLENTY = 65536, 150  # of a multiprocessor; of a thread, from which on early reads fit beside the rest
 
 BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SIGNATURE = re.compile(r'extern "C" __global__[^{]*? \w+\(([^{]*)\) \{\n')
@@ -57,8 +57,8 @@ def words(line: str) -> set[str]:
 def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]) -> tuple[dict[int, str], list[int]]:
     """Of a kernel's straight beginning, by number, the lines that read arguments `early` at addresses that depend on
     no argument `fresh`, and the lines that these addresses are made of. (Of many reads whose addresses are read, too,
-    none: then later blocks wait twice, and registers spill.) Then, if some of those reads must wait: these lines, and
-    before them all other reads of that beginning."""
+    only what they look up: with all of them, later blocks wait twice, and registers spill.) Then, if some of those
+    reads must wait: these lines, and before them all other reads of that beginning."""
     declared, reads, late, others, tainted = {}, [], [], [], set(fresh)
     for n, line in enumerate(lines):
         if not (match := DECLARED.match(line)):
@@ -80,16 +80,23 @@ def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]
                 found.add(n)
                 todo += [declared[word] for word in words(lines[n].split("=", 1)[1]) if word in declared]
         return found
-    first, second, before = (with_addresses(lines) for lines in (reads, late, others if late else []))
+    first, second = with_addresses(reads), with_addresses(late)
     found = [n for n in first if words(lines[n]) & arrays]
     looked_up = {DECLARED.match(lines[n])[1] for n in found}
-    chained = any(looked_up & words(lines[n].split("=", 1)[1]) for n in first)
-    numbers = [n for n in found if not words(lines[n]) & early]
-    if len(found) > MOST and chained or not all(READ.match(lines[n]) for n in numbers):
+    chained = {n for n in first if looked_up & words(lines[n].split("=", 1)[1])}
+    if len(found) > MOST and chained:
+        behind, known = set(), set()
+        for n in sorted(first):
+            if n in chained or words(lines[n].split("=", 1)[1]) & known:
+                behind.add(n)
+                known.add(DECLARED.match(lines[n])[1])
+        first, second = first - behind, second | behind
+    numbers = [n for n in first if words(lines[n]) & arrays and not words(lines[n]) & early]
+    if not all(READ.match(lines[n]) for n in numbers):
         first, numbers = set(), []
     shared = {n: READ.sub(r"\1__ldcg(\2);", lines[n]) for n in numbers}
-    soon = sorted(before - first)
-    return {n: shared.get(n, lines[n]) for n in sorted(first)}, soon + sorted(second - before - first)
+    soon = sorted(with_addresses(others) - first) if second - first else []
+    return {n: shared.get(n, lines[n]) for n in sorted(first)}, soon + sorted(second - first - set(soon))
 
 
 def waiting(source: str, fresh: frozenset[int], early: frozenset[int] = frozenset(), share: int = 0) -> str:

@@ -27,7 +27,7 @@ def choose(logits: Tensor, used: int) -> tuple[Tensor, Tensor]:
     """The chosen and their logits, (tokens, used) each. Each expert's rank is counted; those below `used` are the
     places of the chosen."""
     tokens, experts = logits.shape
-    opts = tuning.grouped(tuning.lanes(logits.device, experts))
+    opts = tuning.ranks(logits.device, tokens, experts)
 
     def kernel(ids: UOp, best: UOp, logits: UOp) -> UOp:
         expert, token, other = UOp.range(experts, 0), UOp.range(tokens, 1), counter(experts, 2)
