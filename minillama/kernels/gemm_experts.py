@@ -102,6 +102,9 @@ def mixed(h: Halves, down: Packed, tiles: Tiles) -> Tensor:
 
 
 def loops(expert: UOp, stages: int, device: str) -> UOp:
-    """Stages of a tile: none where it has no expert (in tinygrad's emulator one: there a loop runs once at least)."""
+    """Stages of a tile: none where it has no expert. (In tinygrad's emulator one: there a loop runs once at least. And
+    where a tile has just one, always that: tinygrad 0.14 knows no loop that runs once or not at all.)"""
+    if stages == 1:
+        return const(1)
     least = int(not tuning.is_cuda(device))
     return (expert.load() < 0).where(*(UOp.const(n, dtypes.weakint) for n in (least, stages)))
