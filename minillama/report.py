@@ -167,7 +167,7 @@ def bandwidth_section(result: Result) -> list[str]:
 
 def real_shapes() -> list[str]:
     """The real model's shapes beside llama.cpp."""
-    return ["The shapes of the real 80B model, all 48 layers, random weights (Q4_0, head Q6_K), and llama.cpp b11434 "
+    return ["The shapes of the real 80B model, all 48 layers, random weights (head Q6_K), and llama.cpp b11434 "
             "on the same kind of GPU:",
             bench_table([result for result in read_results("bench", local=False) if result.model.name == BENCHED])]
 

@@ -4,8 +4,8 @@ test_render.py, with DEV=PYTHON::sm_90 or DEV=PYTHON::METAL.
     python emulated.py CUDA|METAL FORMAT
 
 Prints, for a dense product, for tiles of experts and for a prompt's attention, the largest difference from the twin,
-relative to its largest value. With CUDA then products in tiles that go through shared memory, of all formats; and for a
-few tokens: a product, one of what has no norm yet, both halves of the chosen experts' networks.
+relative to its largest value. With CUDA then products in tiles that go through shared memory; and for a few tokens: a
+product, one of what has no norm yet, both halves of the chosen experts' networks.
 """
 import sys
 

@@ -54,16 +54,17 @@ def test_the_rungs_that_are_rendered_are_there():
 def test_products_of_halves_use_the_units_for_them_and_read_what_lies_side_by_side_at_once(backend, unit):
     """Otherwise the compiler rounds each product of two halves to a half, and sums that: logits off by 0.05."""
     products = [source for source in rendered(backend, "grouped", 64, REAL)
-                if re.search(r"(__global__|kernel) void .*?halves_", source)]
-    assert sum("halves_tiles" in source for source in products) >= 2 and len(products) >= 6
-    # and what is left to the optimizer: the router's product, attention's two (they reach over so many positions)
-    found = [source for source in rendered(backend, "grouped", 64, REAL) if "halves_" not in source and unit in source
-             and "tf32" not in source and not (backend == "METAL" and "half" not in source)]
-    assert sum("start" in source for source in found) == 2 and len(found) >= 3
+                if re.search(r"(__global__|kernel) void .*?(halves_(tiles_)?Q|gemm_)", source)]
+    assert len(products) >= 6
+    assert sum(bool(re.search("gemm_(gated|mixed)|halves_tiles", source)) for source in products) >= 2
     for source in products:
-        name = re.search(r"halves_\w+", source)[0]
+        name = re.search(r"(halves|gemm)_\w+", source)[0]
         assert unit in source, name
         assert re.search(r"half4\*?\)", source), f"{name} reads x one half at a time"
+    # and what is left to the optimizer: attention's two (they reach over so many positions), Metal's router
+    found = [source for source in rendered(backend, "grouped", 64, REAL) if unit in source and "tf32" not in source
+             and "halves_" not in source and "gemm_" not in source and (backend == "CUDA" or "half" in source)]
+    assert sum("start" in source for source in found) == 2 and len(found) >= (3 if backend == "METAL" else 2)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own halves, which the emulator needs, came with 3.12")

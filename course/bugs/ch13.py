@@ -1,7 +1,7 @@
 """Bugs of one line that chapter 13's *Equal?* cells must catch: (module, attribute, original -> broken)."""
 from dataclasses import replace
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 
 def expert_of_the_tile_before(original):
@@ -17,7 +17,16 @@ def gate_and_up_swapped(original):
     return lambda x, gate, up, groups, share: original(x, up, gate, groups, share)
 
 
+def low_halves_lost(original):
+    """x in two halves, of which the low ones are zero."""
+    def halves(x, layout):
+        rough = (x.contiguous().bitcast(dtypes.uint32) & 0xffffe000).bitcast(dtypes.float32)
+        return original(rough.contiguous().realize(), layout)
+    return halves
+
+
 BUGS = {
     "a tile reads the expert of the tile before it": ("minillama.kernels.groups", "group", expert_of_the_tile_before),
     "the tile kernel swaps gate and up": ("minillama.kernels.groups", "gated", gate_and_up_swapped),
+    "the low halves of x are lost": ("minillama.kernels.halves", "halves", low_halves_lost),
 }

@@ -119,3 +119,25 @@ def standing(ours: Mapping[str, Mapping[str, float]], theirs: Mapping[str, tuple
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower left", ncols=2, fontsize=8)
     return figure
+
+
+def stages(count: int = 5) -> Figure:
+    """A kernel's stages over time, with copies that a block waits for and with copies that are under way meanwhile."""
+    figure, axes = canvas("One block of threads, stage by stage (not to scale)", 8.4, 2.6)
+    copy, work = 1.0, 1.2
+    rows = ("each copy\nwaited for", copy + work), ("the next copy\nunder way", work)
+    for place, (top, period) in enumerate(rows):
+        for n in range(count):
+            begin = n * period
+            work_at, copy_at = begin + copy, begin if place == 0 or n == 0 else begin + copy - period
+            for at, size, y, colour, hatch in ((copy_at, copy, 0.1, ORANGE, "//"), (work_at, work, 0.5, BLUE, "")):
+                axes.add_patch(Rectangle((at, place * 1.3 + y), size, 0.36, facecolor=colour, hatch=hatch, alpha=0.6,
+                                         edgecolor="white"))
+                axes.text(at + size / 2, place * 1.3 + y + 0.18, f"{n + 1}", ha="center", va="center", fontsize=8)
+        axes.text(-0.15, place * 1.3 + 0.48, top, ha="right", va="center", fontsize=9)
+    for label, colour, hatch in (("copy a stage into shared memory", ORANGE, "//"), ("multiply a stage", BLUE, "")):
+        axes.add_patch(Rectangle((0, 9), 1, 1, facecolor=colour, hatch=hatch, alpha=0.6, label=label))
+    axes.set(xlim=(-2.4, count * 2.2 + 0.2), ylim=(2.5, -0.1))
+    axes.axis("off")
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8)
+    return figure
