@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 from arrays import TOLERANCE, empty, numbers, off, packed, tensor, unfilled
-from test_mma import SHARED, shared
-from tinygrad import Tensor, dtypes
+from test_mma import SHARED
+from tinygrad import Device, Tensor, dtypes
 
 from minillama.delta_net import causal_conv
-from minillama.kernels import conv, gemm, gemm_experts, groups, halves
+from minillama.kernels import conv, gemm, gemm_experts, groups, halves, router
 from minillama.kernels.gemm_tuning import GemmTiling
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.rendering import sources
@@ -30,7 +30,8 @@ def room(source: str) -> int:
 
 @pytest.mark.parametrize("format", ("Q4_0", "Q8_0", "F32"))
 def test_halves_and_sums_are_those_of_x(format):
-    """To 22 bits, or below 2^-27."""
+    """To 22 bits, or to 2^-27. (PoCL takes subnormal halves for zero.)"""
+    least = 2.0 ** (-27 if Device.DEFAULT == "CPU" else -17)
     x, layout = numbers(24, 128) * 10.0 ** np.arange(-6, 6).repeat(2)[:, None], LAYOUTS[format]
     made = halves.halves(Tensor(x.astype(np.float32)).realize(), layout)
     parts = made.parts.numpy().astype(np.float64).reshape(24, 4, 2, 4, 4, 2)     # row, span, part, octet, pair, place
@@ -39,7 +40,7 @@ def test_halves_and_sums_are_those_of_x(format):
         for k, place in enumerate((pair.first, pair.second)):
             value = parts[:, :, 0, :, n, k] + parts[:, :, 1, :, n, k] / 2048
             found[..., place] = value * 2.0 ** (pair.power + 4)
-    assert np.all(np.abs(found.reshape(24, 128) - x) <= np.maximum(np.abs(x) * 2.0 ** -21, 2.0 ** -27))
+    assert np.all(np.abs(found.reshape(24, 128) - x) <= np.maximum(np.abs(x) * 2.0 ** -21, least))
     want = x.reshape(24, -1, 16).sum(-1) / halves.QUANT
     assert np.allclose(made.sums.numpy(), want, rtol=1e-5, atol=np.abs(want).max(-1, keepdims=True) * 1e-5)
 
@@ -49,6 +50,7 @@ def test_matrices_of_every_format_can_be_multiplied_and_those_in_one_order_with_
     assert halves.fits(unfilled("Q4_K", 64, 256), unfilled("Q6_K", 64, 256))
     assert not halves.fits(unfilled("Q4_0", 64, 256), unfilled("Q8_0", 64, 256))
     assert not halves.fits(unfilled("Q4_0", 64, 96))                # no whole stages
+    assert not halves.fits(unfilled("Q4_0", 1, 256))
 
 
 @pytest.mark.parametrize("format", LAYOUTS)
@@ -99,6 +101,18 @@ def test_threads_share_what_a_block_copies():
         assert seen == {(row, item) for row in range(rows) for item in range(items)}
 
 
+def test_a_tile_with_one_stage_has_no_loop():
+    """tinygrad 0.14 knows none that runs once or not at all."""
+    down = unfilled("Q4_0", 4, 128, 64)
+    tiles = gemm_experts.Tiles(16, empty(5, dtype=dtypes.int32), empty(80, dtype=dtypes.int32), 2)
+    assert "for (int" not in sources(gemm_experts.mixed(split(80, 64), down, tiles))[-1]
+
+
+@pytest.mark.parametrize("experts", (1, 7, 12))
+def test_any_number_of_experts_can_be_ranked_for_a_prompt(experts):
+    assert "route_32_1" in sources(router.choose(empty(32, experts), 1)[0])[-1]
+
+
 @pytest.mark.parametrize(("tokens", "first"), ((16, 0), (24, 8)))
 def test_the_convolution_equals_its_twin(tokens, first):
     y, window, weight = tensor(tokens, 80), tensor(3, 64, seed=1), tensor(64, 4, seed=2)
@@ -110,4 +124,4 @@ def test_tensor_cores_do_not_exist_here_but_products_of_packed_weights_do():
     """On a device without them a prompt's product takes the other way."""
     from minillama.layers import linear
     x, weight = tensor(32, 256), packed("Q4_0", 64, 256)
-    assert off(linear(x, weight), x @ weight.values().T) < TOLERANCE and shared("") == 0
+    assert off(linear(x, weight), x @ weight.values().T) < TOLERANCE

@@ -95,6 +95,12 @@ def test_of_many_reads_that_look_something_up_only_that_comes_early():
             assert reads(rest[:end], 3) and not reads(rest[end:], 3)
 
 
+def test_where_one_of_many_numbers_cannot_be_read_past_the_cache_nothing_is_read_early():
+    lines = ["  int alu1 = (gidx0*512);", "  int val0 = ((gidx0<3)?*(data1_4+gidx0):0);"]
+    lines += [f"  float val{n + 1} = (*(data2_9+(val0*100+alu1+{n})));" for n in range(overlap.MOST + 6)]
+    assert overlap.hoisted(lines, {"data1_4", "data2_9"}, {"data3_4"}, {"data2_9"}) == ({}, [])
+
+
 def buffer(nbytes: int, base: Buffer | None = None, offset: int = 0) -> Buffer:
     return Buffer("CPU", nbytes, dtypes.uint8, base=base, offset=offset)
 

@@ -4,8 +4,9 @@ A block of threads multiplies a tile of rows of weights with a tile of tokens, s
 while the next stage is on its way (`staging.py`). The weights travel packed: threads read the file's words from shared
 memory, and under a mask a word is a pair of halves, as in `mma.py`. x comes as two halves (`halves.py`).
 
-One instruction adds up 16 columns. Of a span of 32, which share a scale, each of the four lanes of a row has an octet,
-and two instructions take its quants in the order in which they lie; x is put into the same order beforehand.
+One instruction adds up 16 columns. Of a span of 32, each of the four lanes of a row has an octet, and two instructions
+take its quants in the order in which they lie; x is put into the same order beforehand. (Where a span has two scales,
+or weights go in as two halves, there are more.)
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -201,12 +202,12 @@ def swapped(token: UOp, chunk: UOp, low: int | None = None) -> UOp:
 
 def tiling(tokens: int, rows: int, *weights: Packed, besides: int = 0) -> GemmTiling:
     """The fastest tiling for so many tokens, and rows of each of these matrices, that shared memory has room for.
-    `besides`: further numbers that a block keeps there, for each row."""
+    `besides`: further numbers that a block keeps there, for each row and four more."""
     for cut in gemm_tuning.tilings(tokens, rows, len(weights)):
         items = sum(stride(part) * part.dtype.itemsize for weight in weights for part in weight.layout.parts
                     if staged(part))
         room = cut.stages * (cut.tokens * (HALVES * 2 + SUMS_OF * 4) + cut.rows * items)
-        if room + besides * cut.rows * 4 <= tuning.SHARED:
+        if room + besides * (cut.rows + 4) * 4 <= tuning.SHARED:
             return cut
     raise ValueError(f"no tiling of {rows} rows and {tokens} tokens fits into shared memory")
 

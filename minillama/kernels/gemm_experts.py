@@ -44,7 +44,7 @@ def gated(x: Halves, gate: Packed, up: Packed, down: Layout, share: Tensor, tile
     tokens, experts, stages, device = x.parts.shape[0], gate.rows // width, hidden // STAGE, x.parts.device
     size = tiles.size if tiles else tuning.fitting(16, tokens)
     count, pairs, split = tiles.count if tiles else tokens // size, order(down), len(gate.arrays)
-    cut = tiling(size, width, gate, up, besides=size + 1)
+    cut = tiling(size, width, gate, up, besides=size)
     block, given = Block(cut, device), [tiles.experts, tiles.rows] if tiles else []
 
     def kernel(parts: UOp, sums: UOp, x_parts: UOp, x_sums: UOp, share: UOp, *buffers: UOp) -> UOp:

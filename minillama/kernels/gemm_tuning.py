@@ -49,7 +49,8 @@ def over_channels(device: str, channels: int) -> tuple[Opt, ...]:
     if not shares_memory(device):
         return ()
     each = fitting(2, channels)
-    return Opt(OptOps.UPCAST, 1, each), Opt(OptOps.LOCAL, 1, fitting(64, channels // each))
+    opts = Opt(OptOps.UPCAST, 1, each), Opt(OptOps.LOCAL, 1, fitting(64, channels // each))
+    return tuple(opt for opt in opts if opt.arg > 1)
 
 
 def over_rows(device: str, size: int) -> tuple[Opt, ...]:

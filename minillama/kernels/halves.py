@@ -31,7 +31,8 @@ def order(layout: Layout) -> list[Pair] | None:
 def fits(*weights: Packed) -> bool:
     """Whether these matrices can be multiplied so, and with the same x."""
     orders = [order(weight.layout) for weight in weights]
-    return None not in orders and all(weight.columns % STAGE == 0 for weight in weights) and len(
+    whole = all(weight.columns % STAGE == 0 and weight.rows > 1 for weight in weights)
+    return None not in orders and whole and len(
         {tuple((pair.first, pair.second, pair.power) for pair in pairs) for pairs in orders}) == 1
 
 

@@ -84,16 +84,16 @@ def hoisted(lines: list[str], arrays: set[str], fresh: set[str], early: set[str]
     found = [n for n in first if words(lines[n]) & arrays]
     looked_up = {DECLARED.match(lines[n])[1] for n in found}
     chained = {n for n in first if looked_up & words(lines[n].split("=", 1)[1])}
-    if len(found) > MOST and chained:
+    numbers = [n for n in found if not words(lines[n]) & early]
+    if not all(READ.match(lines[n]) for n in numbers):
+        first, numbers = set(), []
+    elif len(found) > MOST and chained:
         behind, known = set(), set()
         for n in sorted(first):
             if n in chained or words(lines[n].split("=", 1)[1]) & known:
                 behind.add(n)
                 known.add(DECLARED.match(lines[n])[1])
         first, second = first - behind, second | behind
-    numbers = [n for n in first if words(lines[n]) & arrays and not words(lines[n]) & early]
-    if not all(READ.match(lines[n]) for n in numbers):
-        first, numbers = set(), []
     shared = {n: READ.sub(r"\1__ldcg(\2);", lines[n]) for n in numbers}
     soon = sorted(with_addresses(others) - first) if second - first else []
     return {n: shared.get(n, lines[n]) for n in sorted(first)}, soon + sorted(second - first - set(soon))

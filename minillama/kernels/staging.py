@@ -1,4 +1,4 @@
-"""Copies into shared memory that nobody waits for (PTX: `cp.async`): what a block of threads needs for its next
+"""Copies into shared memory for which no thread stops (PTX: `cp.async`): what a block of threads needs for its next
 *stage* is on its way while it works on this one. So threads keep nothing of it in registers, and hardly wait for it.
 """
 from collections.abc import Callable

@@ -150,7 +150,8 @@ def mma_tiling(device: str, rows: int, columns: int, tokens: int, matrices: int 
 
 
 def uses_mma(device: str) -> bool:
-    """Whether kernels for a few tokens use tensor cores: those that add up 16 terms, tried with CUDA alone."""
+    """Whether kernels written for tensor cores by hand are used (`mma.py`, `gemm.py`): for those that add up 16 terms,
+    tried with CUDA alone."""
     return backend(device) == "CUDA" and has_tensor_cores(device, 16)
 
 
@@ -311,7 +312,8 @@ def ranks(device: str, tokens: int, experts: int) -> tuple[Opt, ...]:
     tokens; for many, a thread counts alone, and what it reads its neighbours read, too."""
     if tokens <= FEW or not shares_memory(device):
         return grouped(lanes(device, experts))
-    return Opt(OptOps.LOCAL, 0, fitting(128, experts)), Opt(OptOps.UNROLL, 0, fitting(8, experts))
+    opts = Opt(OptOps.LOCAL, 0, fitting(128, experts)), Opt(OptOps.UNROLL, 0, fitting(8, experts))
+    return tuple(opt for opt in opts if opt.arg > 1)
 
 
 def grouped(lanes: int) -> tuple[Opt, ...]:
