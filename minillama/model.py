@@ -83,7 +83,8 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
     mask, module, form = at.mask(), first_port if everywhere else delta_net, recipe.form("delta")
     if isinstance(part, DeltaState):
         out, past, memory = module.delta_net(x, w.mixer, config, form, part.window, part.memory, mask)
-        window = past[count:count + part.window.shape[0]].contiguous()      # the last inputs that were no padding
+        window = past[count:count + part.window.shape[0]]                   # the last inputs that were no padding
+        window = window.contiguous() if tuning.shares_memory(x.device) else window      # `past` may be the window yet
         return after(residual + out, stored(part.window, window), stored(part.memory, memory))
     width = config.conv_width - 1
     window, history = ring.read(part.history, at.position, -width, width)
