@@ -18,7 +18,7 @@ SHARED = 48 * 1024      # bytes that a block can have without asking
 
 def shared(source: str) -> int:
     """Bytes that a rendered kernel's blocks share."""
-    sizes = {"half": 2, "float": 4}
+    sizes = {"half": 2, "float": 4, "uint": 4}
     rooms = re.findall(r"__shared__ __align__\(16\) (\w+) \w+\[(\d+)\]", source)
     return sum(sizes[kind] * int(count) for kind, count in rooms)
 

@@ -12,6 +12,7 @@ TOKENS = 8      # that a thread does: each input is loaded once for all of its o
 
 
 def fits(device: str, tokens: int) -> bool:
+    """Whether the kernel takes so many tokens on a device: GPUs, and whole blocks of them, more than one."""
     return tuning.shares_memory(device) and tokens % TOKENS == 0 and tokens > TOKENS
 
 

@@ -107,6 +107,7 @@ class Block:
 
     @property
     def ranges(self) -> tuple[UOp, ...]:
+        """The loops over threads, to be ended by the kernel."""
         return tuple(one for one in self.threads if one.op is Ops.RANGE)
 
     @property

