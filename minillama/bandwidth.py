@@ -3,8 +3,8 @@
 A sample is the replay of a graph of many launches, each after the one before (all write to the same place, as the
 captured graph's memory plan has it), overlapping where the device can do that: "apart" is the time without. They go
 round over more copies of the weights than any cache holds.
-Counted are the bytes of the weights that a launch must read, once; what a launch costs is in its time, and the row
-"launch" tells how much that is: a matrix of 4 KB.
+Counted are the bytes of the weights that a launch must read, once, as a file has them; what a launch costs is in its
+time, and the row "launch" tells how much that is: a matrix of 4 KB.
 
 `DEV=CUDA python -m minillama.bandwidth` measures and keeps the result; `--store` keeps it among the project's own.
 """
@@ -65,7 +65,7 @@ class Cases:
 
     def linear(self, format: str, rows: int, columns: int, tokens: int = 1, name: str = "linear") -> Case:
         weights, x = self.matrices(format, rows, columns), self.values(tokens, columns)
-        return Case(f"{name} {format} {rows}x{columns}", tokens, weights[0].nbytes(),
+        return Case(f"{name} {format} {rows}x{columns}", tokens, weights[0].file_bytes,
                     [lambda w=w: product.linear(x, w) for w in weights])
 
     def shared(self, format: str, tokens: int = 1) -> Case:
@@ -73,7 +73,7 @@ class Cases:
         weights = iter(self.matrices(format, rows, columns))
         pairs = list(zip(weights, weights, strict=False))
         x, share = self.values(tokens, columns), self.values(columns)
-        return Case(f"shared gate+up {format} 2x{rows}x{columns}", tokens, 2 * pairs[0][0].nbytes(),
+        return Case(f"shared gate+up {format} 2x{rows}x{columns}", tokens, 2 * pairs[0][0].file_bytes,
                     [lambda p=p: product.shared_gated(x, *p, share)[0] for p in pairs])
 
     def chosen(self, tokens: int) -> list[Tensor]:
@@ -92,11 +92,11 @@ class Cases:
         weights = iter(self.matrices(format, c.experts, c.expert_width, c.hidden))
         pairs = list(zip(weights, weights, strict=False))
         yield Case(f"experts gate+up {format} {of} 2x{c.expert_width}x{c.hidden}", tokens,
-                   round(2 * pairs[0][0].nbytes() * parts),
+                   round(2 * pairs[0][0].file_bytes * parts),
                    [lambda p=p, i=i: product.gated(x, *p, i, share) for p in pairs for i in ids])
         weights = self.matrices(format, c.experts, c.hidden, c.expert_width)
         yield Case(f"experts down {format} {of} {c.hidden}x{c.expert_width}", tokens,
-                   round(weights[0].nbytes() * parts),
+                   round(weights[0].file_bytes * parts),
                    [lambda w=w, i=i: product.mixed(routed, w, i) for w in weights for i in ids])
 
     def all(self) -> Iterator[Case]:

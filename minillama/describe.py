@@ -9,6 +9,7 @@ from rich.text import Text
 
 from minillama.config import ModelConfig
 from minillama.gguf import GGUF
+from minillama.kernels.layouts import LAYOUTS
 from minillama.units import in_units
 
 LONGEST = 120       # characters of a metadata value that are shown
@@ -112,7 +113,7 @@ def state_bytes(config: ModelConfig, context: int) -> int:
 def memory_table(file: GGUF, config: ModelConfig, context: int | None) -> Table:
     """What the device must hold at a context, or at a few up to the model's longest."""
     lengths = [context] if context else sorted({min(length, config.context) for length in (*CONTEXTS, config.context)})
-    stored = sum(tensor.nbytes for tensor in file.tensors.values())
+    stored = sum(LAYOUTS[t.format.name].device_bytes(1, prod(t.shape)) for t in file.tensors.values())
     rows = ((length, *(in_units(amount, "B") for amount in (stored, state, stored + state)))
             for length in lengths for state in [state_bytes(config, length)])
     return table("Memory", "context", "weights", "state", "together", left=0, rows=rows)

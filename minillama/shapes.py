@@ -141,9 +141,8 @@ def random_packed(format: str, shape: tuple[int, ...], deviation: float, fill: F
         scales = fill(layout.parts[2].shape(rows, columns), 0x40404040, 0x40404040, dtypes.uint32)
         arrays = (*words(*layout.parts[:2]), scales, halves(d / 64))
     elif format.endswith("_K"):
-        sixes = fill(layout.parts[-2].shape(rows, columns), 0, 0, dtypes.uint32).reshape(rows, -1, 3)
-        sixes = (sixes + Tensor([0, 0, 0xAAAAAAAA], dtype=dtypes.uint32, device=sixes.device)).reshape(rows, -1)
-        arrays = (*words(*layout.parts[:-2]), sixes.contiguous().realize(), halves(d / 32, d / 32 * middle))
+        numbers = fill(layout.parts[-2].shape(rows, columns), 0x2020, 0x2020, layout.parts[-2].dtype)     # all are 32
+        arrays = (*words(*layout.parts[:-2]), numbers, halves(d / 32, d / 32 * middle))
     elif format.endswith("_1"):
         arrays = (*words(*layout.parts[:-1]), halves(d, -d * middle))
     else:

@@ -43,7 +43,13 @@ class Packed:
     def device(self) -> str:
         return self.arrays[0].device
 
+    @property
+    def file_bytes(self) -> int:
+        """What the blocks take in a file: the bytes that a format is about."""
+        return self.layout.nbytes(self.rows, self.columns)
+
     def nbytes(self) -> int:
+        """What the arrays take on the device."""
         return sum(array.nbytes() for array in self.arrays)
 
     def numel(self) -> int:
