@@ -6,12 +6,12 @@ from tinygrad import Tensor, UOp
 
 from minillama.config import ModelConfig
 from minillama.kernels import attention as kernels
-from minillama.kernels import tensor_cores, tuning
+from minillama.kernels import flash, tensor_cores, tuning
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Column, Normed
 from minillama.kernels.tuning import FEW
 from minillama.layers import columns, linear, project, rms_norm, rope
-from minillama.state import KVChain
+from minillama.state import KVCache, KVChain
 from minillama.weights import AttentionWeights, Weight
 
 BLOCK = 64      # rows of a cache that a prompt looks at together
@@ -107,18 +107,26 @@ def can_step(device: str, config: ModelConfig) -> bool:
     return tuning.shares_memory(device) and kernels.fits(config.heads, config.kv_heads, config.head_dim)
 
 
+def can_flash(tokens: int, config: ModelConfig, cache: KVCache) -> bool:
+    """Whether `attention_step` can attend for a prompt: for so many tokens, over such a cache."""
+    return tokens > FEW and flash.fits(cache.keys.device, tokens, config.heads, *cache.keys.shape[1:],
+                                       cache.keys.shape[0])
+
+
 def attention_step(x: Tensor | Normed, w: AttentionWeights, config: ModelConfig, table: Tensor, cache,
                    position: Tensor, residual: Tensor, start: int | UOp) -> Tensor:
-    """`attention` for a few tokens, in six kernels where `can_step`, else in nine. x and residual (tokens, hidden);
-    table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of the first token, `start` the
-    same as a number or variable, which only the nine need."""
+    """`attention` for a few tokens, in six kernels where `can_step`, else in nine; for more where `can_flash`. x and
+    residual (tokens, hidden); table (positions, 2, rope_dim // 2), of all positions; position (1,) int32 is that of
+    the first token, `start` the same as a number or variable, which only the nine need."""
     c, (tokens, _) = config, x.shape
     keys = c.kv_heads * c.head_dim
     (q, at), k, v = columns(x, w.inputs, (2 * c.heads * c.head_dim, keys, keys))    # q: per head [query | gate]
     turned = Tensor.empty(tokens, c.heads, c.head_dim, device=x.device)
     turned, = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned)
     rows, values = cached_heads(k, v, w, config, table, cache, position)
-    if can_step(x.device, c):
+    if can_flash(tokens, c, cache):
+        y = flash.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
+    elif can_step(x.device, c):
         y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     else:
         gate = q[:, at:at + 2 * c.heads * c.head_dim].reshape(tokens, c.heads, -1)[..., c.head_dim:]

@@ -69,8 +69,11 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
         few: bool = False) -> Tensor:
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
     rotary angles of all positions. `few`: hand-written kernels may take over."""
-    everywhere = recipe.copies == "everywhere"
-    if isinstance(part, KVCache) and few and (attention.can_step(x.device, config) or not everywhere):
+    everywhere, packed = recipe.copies == "everywhere", recipe.weights == "packed"
+    step = isinstance(part, KVCache) and (
+        few and (attention.can_step(x.device, config) or not everywhere)
+        or packed and not everywhere and attention.can_flash(at.tokens, config, part))
+    if step:
         return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
     if isinstance(part, KVCache):
         module = first_port if everywhere else attention

@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from tinygrad import codegen
+from tinygrad import codegen, dtypes
 from tinygrad.engine import realize
 from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.renderer import Estimates
@@ -29,7 +29,9 @@ def disk_key(key: tuple) -> str:
 
 def at_most(count: sint) -> sint:
     """A count as it is, or the largest it can be where it depends on what is loaded."""
-    return int(count.vmax) if isinstance(count, UOp) and any(u.op is Ops.LOAD for u in count.toposort()) else count
+    if not isinstance(count, UOp) or not any(u.op is Ops.LOAD for u in count.toposort()):
+        return count
+    return [int(u.vmax) for u in count.toposort() if u.dtype in dtypes.ints][-1]    # in order: sums may be deep
 
 
 def countable(program: UOp) -> UOp:

@@ -61,10 +61,15 @@ def test_products_of_halves_use_the_units_for_them_and_read_what_lies_side_by_si
         name = re.search(r"(halves|gemm)_\w+", source)[0]
         assert unit in source, name
         assert re.search(r"half4\*?\)", source), f"{name} reads x one half at a time"
-    # and what is left to the optimizer: attention's two (they reach over so many positions), Metal's router
+    # and attention: with CUDA in a kernel of its own; else its two products are left to the optimizer (they reach over
+    # so many positions), as is Metal's router
+    flash = [source for source in rendered(backend, "grouped", 64, REAL) if re.search(r"void .*?flash_\d", source)]
     found = [source for source in rendered(backend, "grouped", 64, REAL) if unit in source and "tf32" not in source
-             and "halves_" not in source and "gemm_" not in source and (backend == "CUDA" or "half" in source)]
-    assert sum("start" in source for source in found) == 2 and len(found) >= (3 if backend == "METAL" else 2)
+             and not re.search("halves_|gemm_|flash_", source) and (backend == "CUDA" or "half" in source)]
+    if backend == "CUDA":
+        assert len(flash) == 1 and unit in flash[0] and not any("start" in source for source in found)
+    else:
+        assert not flash and sum("start" in source for source in found) == 2 and len(found) >= 3
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own halves, which the emulator needs, came with 3.12")
