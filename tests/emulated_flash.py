@@ -1,9 +1,10 @@
-"""A prompt's attention on tensor cores that are not here, computed by tinygrad's emulator: run as a program, for
-test_flash.py, with DEV=PYTHON::sm_90. Prints the largest difference from the twin, relative to its largest value."""
+"""Attention on tensor cores that are not here, of prompts and of a few tokens over a long cache, computed by
+tinygrad's emulator: run as a program, for test_flash.py, with DEV=PYTHON::sm_90. Prints the largest difference from
+the twin, relative to its largest value."""
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from minillama.kernels import flash, tuning
+from minillama.kernels import attention, flash, long_attention, tuning
 from minillama.kernels.attention import attend_twin
 from minillama.kernels.flash_cells import FlashTiling
 
@@ -11,7 +12,10 @@ from minillama.kernels.flash_cells import FlashTiling
 CASES = ((16, 2, 1, 16, 100, 37, FlashTiling(32, 2, 2)),    # positions end inside a tile; parts of one tile or none
          (16, 4, 2, 32, 200, 101, None),
          (32, 4, 1, 32, 150, 0, FlashTiling(64, 2, 1)),     # the first text, in one part
-         (32, 2, 2, 64, 130, 47, FlashTiling(16, 4, 1)))    # heads share no keys; a text in two tiles
+         (32, 2, 2, 64, 130, 47, FlashTiling(16, 4, 1)),    # heads share no keys; a text in two tiles
+         (2, 6, 2, 64, 100, 70, "long"),                    # three heads of eight columns, a part that is not full
+         (1, 8, 1, 64, 160, 31, "long"),                    # all eight; the last token of a part; parts behind the text
+         (1, 4, 2, 128, 130, 5, "long"))
 
 
 def main() -> None:
@@ -24,7 +28,11 @@ def main() -> None:
         keys[end:], values[end:] = np.nan, np.inf       # what nobody wrote
         given, read, written, beside = (Tensor(x).realize() for x in (q, keys, values, gate.reshape(tokens, -1)))
         at = Tensor([start], dtype=dtypes.int32).realize()
-        got = flash.attend(given, read, written, (beside, dim), 2 * dim, at, cut)
+        given = given, read, written, (beside, dim), 2 * dim, at
+        if cut == "long":
+            assert long_attention.fits("CUDA", heads, kv_heads, dim, long_attention.LONG)
+            long_attention.LONG = 1
+        got = attention.attend(*given) if cut == "long" else flash.attend(*given, cut)
         want = attend_twin(Tensor(q), Tensor(keys[:end]), Tensor(values[:end]), Tensor(gate[..., dim:]), start)
         print(float(np.abs(got.numpy() - want.numpy()).max() / np.abs(want.numpy()).max()))
 

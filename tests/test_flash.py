@@ -11,7 +11,7 @@ from arrays import empty
 from test_mma import SHARED, shared
 from tinygrad import Tensor, dtypes
 
-from minillama.kernels import flash
+from minillama.kernels import attention, flash, long_attention
 from minillama.kernels.flash_cells import FlashTiling, tiling
 from minillama.kernels.rendering import programs
 
@@ -62,6 +62,26 @@ def test_a_block_fits_into_shared_memory_and_reads_and_writes_whole_cells(shape,
     assert "return;" in found["past"].source, "all of the cache is read, however short the text"
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "positions", "can"), (
+    (16, 2, 256, 16896, True), (16, 2, 256, 1024, False), (4, 2, 64, 4096, True), (16, 1, 256, 4096, False),
+    (4, 4, 64, 4096, False), (4, 2, 32, 4096, False), (4, 2, 512, 4096, False), (6, 2, 96, 4096, False)))
+def test_a_few_tokens_attend_over_a_long_cache_on_tensor_cores(heads, kv_heads, dim, positions, can):
+    cache, q, position = empty(positions, kv_heads, dim), empty(2, heads, dim), empty(1, dtype=dtypes.int32)
+    assert long_attention.fits("CUDA", heads, kv_heads, dim, positions) is can
+    assert not long_attention.fits("METAL", heads, kv_heads, dim, positions)
+    if not can:
+        return
+    y = attention.attend(q, cache, cache, (empty(2, 2 * heads * dim), dim), 2 * dim, position)
+    kernel, total = programs(y)
+    size = long_attention.size_of(dim)
+    assert (kernel.threads, kernel.blocks) == (dim, 2 * kv_heads * -(-positions // size))
+    assert shared(kernel.source) <= SHARED and "return;" in kernel.source and "attended_" in total.source
+    assert kernel.source.count("= __WMMA_") == 3 * (dim // 16 + 2 * size // 16)
+    for cache, loads in (("data3_", dim // 8), ("data4_", size // 4)):      # of a thread, each of four neighbours
+        lines = [line for line in kernel.source.split("\n") if f"({cache}" in line]
+        assert len(lines) == loads and all(line.startswith("  float4 val") for line in lines)
+
+
 @pytest.mark.host
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own halves, which the emulator needs, came with 3.12")
@@ -70,4 +90,4 @@ def test_emulated_tensor_cores_give_what_the_twin_gives():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DEV": "PYTHON::sm_90"})
     assert done.returncode == 0, done.stderr[-2000:]
     errors = [float(line) for line in done.stdout.split()]
-    assert len(errors) == 4 and max(errors) < 5e-6, errors
+    assert len(errors) == 7 and max(errors) < 5e-6, errors

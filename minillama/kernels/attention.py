@@ -10,19 +10,20 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from minillama import program_cache
-from minillama.kernels import tuning
+from minillama.kernels import long_attention, tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, number, result
+from minillama.kernels.softmax import NOWHERE, largest
 from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import fitting
 
 program_cache.install()     # which counts loops of unknown length
 SHORT, LONG = 16, 64    # positions of a part, in a cache of up to MANY positions and in a longer one, where what parts
-MANY = 8192             # write and what is read again to sum it up counts for more than waiting (not measured)
+MANY = 8192             # write and what is read again to sum it up counts for more than waiting (not measured: on
+                        # CUDA `long_attention` does long ones)
 THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
 LANES = 8
 AT_ONCE = 16            # parts that are summed up at once, so that a thread waits once for all of them
-NOWHERE = -1e30     # a score that weighs nothing
 
 
 def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
@@ -107,10 +108,13 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
     if not fits(heads, kv_heads, dim):
         raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
+    if long_attention.fits(q.device, heads, kv_heads, dim, positions):
+        size = long_attention.size_of(dim)
+        return summed(*long_attention.parts(q, keys, values, position, parts_of(positions, size)), gate, stride,
+                      position, size, positions)
     device, share = q.device, heads // kv_heads
     size, lanes, each = threads_of(share, dim, positions)
     here, threads = -(-positions // size), size * lanes
-    parts = here + -here % AT_ONCE
     teams = fitting(max(1, threads // dim), share)      # that divide the heads among them
 
     def part_kernel(out: UOp, best: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
@@ -150,9 +154,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
             own.append((place, (part * size + place < end).where(score, NOWHERE)))
         scores = scores.after(UOp.barrier(*(scores.index(head, place).store(score) for place, score in own)))
         # weights: how much each position counts
-        high, *more = every = [scores.index(head, const(n)).load() for n in range(size)]
-        for other in more:
-            high = high.maximum(other)
+        every = [scores.index(head, const(n)).load() for n in range(size)]
+        high = largest(every, device)
 
         def weight(score: UOp) -> UOp:
             return (score > NOWHERE / 2).where((score - high).exp(), 0.0)
@@ -169,6 +172,24 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
             token, group, part, thread).sink(
             arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
 
+    # what each part found: weighed values (tokens, heads, parts, dim), and the logarithm of their weight
+    found, best = (result(tokens, heads, parts_of(positions, size), *more, like=q) for more in ((dim,), ()))
+    found, best = found.custom_kernel(best, q, keys, values, position, fxn=part_kernel)[:2]
+    return summed(found, best, gate, stride, position, size, positions)
+
+
+def parts_of(positions: int, size: int) -> int:
+    """How many parts of `size` positions `summed` reads."""
+    here = -(-positions // size)
+    return here + -here % AT_ONCE
+
+
+def summed(found: Tensor, best: Tensor, gate: Column, stride: int, position: Tensor, size: int, positions: int,
+           ) -> Tensor:
+    """What parts of `size` positions found, put together, times sigmoid(gate): (tokens, heads * dim). found (tokens,
+    heads, parts, dim): weighed values; best (tokens, heads, parts): the logarithms of their weight."""
+    (tokens, heads, parts, dim), device = found.shape, found.device
+
     def sum_kernel(out: UOp, found: UOp, best: UOp, gate_: UOp, position: UOp) -> UOp:
         token, head, d = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
         start = number(position.index(const(0)), positions)
@@ -179,9 +200,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         def highs(turn: UOp) -> list[UOp]:
             return [(turn * AT_ONCE + n < count).where(best.index(token, head, turn * AT_ONCE + n).load(), NOWHERE)
                     for n in range(AT_ONCE)]
-        high, *more = highs(first)
-        for one in more:
-            high = high.maximum(one)
+        high = largest(highs(first), device)
         high = high.reduce(first, arg=Ops.MAX) if parts > AT_ONCE else high
         shares = [(one > NOWHERE / 2).where((one - high).exp(), 0.0) for one in highs(i)]
         values = [(i * AT_ONCE + n < count).where(found.index(token, head, i * AT_ONCE + n, d).load(), 0.0)
@@ -190,7 +209,4 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
         return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
             arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))
-    # what each part found: weighed values (tokens, heads, parts, dim), and the logarithm of their weight
-    found, best = (result(tokens, heads, parts, *more, like=q) for more in ((dim,), ()))
-    found, best = found.custom_kernel(best, q, keys, values, position, fxn=part_kernel)[:2]
-    return result(tokens, heads * dim, like=q).custom_kernel(found, best, gate[0], position, fxn=sum_kernel)[0]
+    return result(tokens, heads * dim, like=found).custom_kernel(found, best, gate[0], position, fxn=sum_kernel)[0]

@@ -17,10 +17,9 @@ from functools import cached_property
 
 from tinygrad import Tensor
 from tinygrad.dtype import AddrSpace
-from tinygrad.uop.ops import AxisType, Ops, UOp
+from tinygrad.uop.ops import AxisType, UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.attention import NOWHERE
 from minillama.kernels.bits import BITS, FLOAT, WORD, as_halves
 from minillama.kernels.block import const, shared_memory
 from minillama.kernels.flash_cells import (
@@ -38,6 +37,7 @@ from minillama.kernels.flash_cells import (
 )
 from minillama.kernels.mma import COLUMNS, LOW, ROWS, TERMS, WARP
 from minillama.kernels.product import Column, number, result
+from minillama.kernels.softmax import NOWHERE, largest
 from minillama.kernels.staging import neighbours
 
 TOP = 15            # weights go in 2^15 times as large: the largest half is 65,504
@@ -63,19 +63,6 @@ def scaled_down(words: list[UOp], device: str) -> list[UOp]:
     """Pairs of halves divided by LOW."""
     bits = [(half * (1 / LOW)).bitcast(BITS).cast(WORD) for half in as_halves(words, device)]
     return [bits[n] | bits[n + 1] << 16 for n in range(0, len(bits), 2)]
-
-
-def largest(values: list[UOp], device: str) -> UOp:
-    """The largest of some numbers, found in pairs."""
-    while len(values) > 1:
-        pairs = zip(values[::2], values[1::2], strict=False)
-        values = [higher(a, b, device) for a, b in pairs] + values[len(values) // 2 * 2:]
-    return values[0]
-
-
-def higher(a: UOp, b: UOp, device: str) -> UOp:
-    """The larger number. (tinygrad would write a condition, of which CUDA's compiler makes two instructions.)"""
-    return UOp(Ops.CUSTOMI, FLOAT, (a, b), "fmaxf({0}, {1})") if tuning.is_cuda(device) else a.maximum(b)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tinygrad.uop.ops import AxisType, Ops, UOp
 from minillama.kernels.bits import FLOAT, HALF, as_halves, two_halves
 from minillama.kernels.block import const, shared_memory
 from minillama.kernels.layouts import OCTET, Layout, Octet, Pair
-from minillama.kernels.sums import Factor, Prefetch, Summed, lane_sums, nothing
+from minillama.kernels.sums import Factor, Prefetch, Summed, Vectors, lane_sums, nothing
 from minillama.kernels.tuning import WarpTiling
 
 WARP, ROWS, COLUMNS, TERMS = 32, 16, 8, 16      # threads; of an instruction: rows, columns, terms that it adds up
@@ -149,7 +149,7 @@ def product(layout: Layout, rows: list[list[Octet]], columns: list[list[UOp]], s
 @dataclass(frozen=True)
 class MmaRows:
     """Sums along `rows` rows of `columns` columns, for each of `tokens` tokens, tiled as `tuning.mma_tiling` says: the
-    warps of a block share `each` times 16 rows, and each takes some steps of their columns."""
+    warps of a block share `each` times 16 rows, and each takes some steps of their columns, and some terms."""
     device: str
     rows: int
     columns: int
@@ -161,19 +161,23 @@ class MmaRows:
         """As `sums.Rows.sums`; the factors have the same x."""
         c, x, groups = self.cut, factors[0].x, -(-self.tokens // self.cut.tokens)
         block, lane = UOp.range(self.rows // (c.each * ROWS), 0), UOp.range(WARP, 1, AxisType.LOCAL)
-        warp = UOp.range(c.warps, 2, AxisType.LOCAL)
+        warp = UOp.range(c.every, 2, AxisType.LOCAL)
+        along, before = warp & (c.warps - 1), warp // c.warps * (outer // c.groups)     # its columns, and first term
         group = UOp.range(groups, 3) if groups > 1 else const(0)
 
         def token(n: UOp | int) -> UOp:     # the last group may do some tokens twice
             return (group * c.tokens + n).minimum(self.tokens - 1) if groups > 1 else group + n
-        terms = outer + (once is not None)
-        shared = SharedTile.empty(lane, warp, c.warps, terms * c.tokens * c.steps)
+        mine = outer // c.groups
+        terms = mine + (once is not None)
+        shared = SharedTile.empty(lane, warp, c.every, terms * c.tokens * c.steps)
         stores = shared.zeros()
         for n in range(c.tokens):
-            stores += self._write(shared, factors[0], token(n), n * terms, outer)
-            stores += self._write(shared, once, token(n), n * terms + outer, 1) if once else []
+            stores += self._write(shared, factors[0].x, order(factors[0].layout), token(n), n * terms, before, mine)
+            if once:        # by the first group; the others multiply it with zeros
+                first = Vectors(lambda *at: before.eq(0).where(once.x.value(*at), 0.0)) if c.groups > 1 else once.x
+                stores += self._write(shared, first, order(once.layout), token(n), n * terms + mine, const(0), 1)
         share, row = lane & 3, lane // 4                                # of a tile
-        own, at, lanes = c.each * 2 * c.tokens, warp * 4 + share, 4 * c.warps       # lanes with the same rows
+        own, at, lanes = c.each * 2 * c.tokens, warp * 4 + share, 4 * c.every       # lanes with the same rows
         last = at.minimum(own - 1)                                      # the sum that this lane finishes
         half = last // c.tokens
         place = token(last - half * c.tokens), block * (c.each * ROWS) + half * 8 + row
@@ -186,10 +190,11 @@ class MmaRows:
             columns, of_x = shared.read(tile), shared.sums(shared.of_x, tile)
             if x.plain and term == 0:
                 squares[n] += shared.sums(shared.of_squares, tile)
-            first = (warp * c.steps + step) * (STEP // OCTET) + share * OCTETS
-            for i, factor in enumerate(factors if term < outer else [once]):
+            first = (along * c.steps + step) * (STEP // OCTET) + share * OCTETS
+            for i, factor in enumerate(factors if term < mine else [once]):
                 for r in range(c.each):
-                    rows = [factor.row((block * c.each + r) * ROWS + half * 8 + row, const(term)) for half in range(2)]
+                    rows = [factor.row((block * c.each + r) * ROWS + half * 8 + row, before + term)
+                            for half in range(2)]
                     octets = [[factor.layout.octet(*factor.arrays, one, first + o) for o in range(OCTETS)]
                               for one in rows]
                     for half, y in enumerate(product(factor.layout, octets, columns, of_x, self.device)):
@@ -207,14 +212,15 @@ class MmaRows:
         return Summed(totals, place[1], place[0], place[1],
                       tuple(r for r in (block, lane, warp, group) if r.op is Ops.RANGE), (), soon)
 
-    def _write(self, shared: SharedTile, factor: Factor, token: UOp, vector: int, terms: int) -> list[UOp]:
-        """The stores of a token's vectors, one for each term; a warp does two tiles at once."""
-        c, x, pairs, stores, second = self.cut, factor.x, order(factor.layout), [], shared.lane // 16
+    def _write(self, shared: SharedTile, x: Vectors, pairs: list[Pair], token: UOp, vector: int, before: UOp,
+               terms: int) -> list[UOp]:
+        """The stores of a token's vectors, one for each term from `before` on; a warp does two tiles at once."""
+        c, stores, second, along = self.cut, [], shared.lane // 16, shared.warp & (self.cut.warps - 1)
         for n in range(0, terms * c.steps, 2):
             tile = (n + second).minimum(terms * c.steps - 1)
             term, step = (const(n // c.steps), n % c.steps + second) if c.steps > 1 else (tile, const(0))
-            octet = (shared.warp * c.steps + step) * (STEP // OCTET) + (shared.lane & 15)
-            values = [x.value(token, term, octet, k) for k in range(OCTET)]
-            plain = [x.plain(token, term, octet, k) for k in range(OCTET)] if x.plain else None
+            octet = (along * c.steps + step) * (STEP // OCTET) + (shared.lane & 15)
+            values = [x.value(token, before + term, octet, k) for k in range(OCTET)]
+            plain = [x.plain(token, before + term, octet, k) for k in range(OCTET)] if x.plain else None
             stores += shared.write(pairs, vector * c.steps + tile, values, plain, self.device)
         return stores

@@ -1,0 +1,155 @@
+"""Attention of a few tokens over a long cache, on tensor cores: parts of the cache, each by a block of threads.
+
+A step of a long text spends its time here, and little of it on reading: query heads that share keys multiply each of
+them. So the heads are the eight columns of a tensor core's instruction (`mma.py`), and its sixteen rows are positions,
+or, where values are weighed, dimensions. The caches are float32; keys, queries, values and weights go in as two halves
+each, high and low, of which three products count.
+
+A sum does not care about the order of its terms: of sixteen dimensions, or positions, each of the four lanes of a row
+takes four that lie together. Source: Dao et al. 2023, "Flash-Decoding".
+"""
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import AddrSpace
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+from minillama.kernels import tuning
+from minillama.kernels.bits import FLOAT, HALF, two_halves
+from minillama.kernels.block import const, shared_memory
+from minillama.kernels.mma import COLUMNS, LOW, ROWS, TERMS, WARP
+from minillama.kernels.product import number, result
+from minillama.kernels.softmax import NOWHERE, largest
+
+LANES, FOUR = 4, 4      # that share a row; neighbours that one load brings
+DIMS = 32               # dimensions whose values a warp weighs
+EIGHT = 8               # values of the queries that a thread puts into halves
+APART = 4               # scores between the rows of two heads, so that they lie in other banks, and times 4 halves
+LONG = 1536             # positions of a cache from which on it pays (an H200: after 100 tokens one takes 13 instead of
+                        # 9 µs, after 600 as long as before, after 4,096 22 instead of 56)
+SCORES, HIGHS, TOTALS, QUERIES, WEIGHTS = 0, 1, 2, 40, 42   # numbers of shared buffers; of the last ones two each
+ZEROS = UOp.stack(*[UOp.const(0.0, FLOAT)] * 4)
+Halves = tuple[list[UOp], list[UOp]]            # the high ones, the low ones
+
+
+def fits(device: str, heads: int, kv_heads: int, dim: int, positions: int) -> bool:
+    """Whether `parts` can, and had better, be used for a cache of so many positions and heads of that many dimensions.
+    """
+    return (positions >= LONG and tuning.uses_mma(device) and 2 <= heads // kv_heads <= COLUMNS
+            and dim & dim - 1 == 0 and 2 * DIMS <= dim <= 256)
+
+
+def size_of(dim: int) -> int:
+    """Positions of a part: sixteen a warp."""
+    return dim // DIMS * ROWS
+
+
+def halves_of(values: list[UOp], device: str) -> Halves:
+    """Values as halves: value = high + low / LOW."""
+    return tuple(map(list, zip(*(two_halves(value, LOW, device) for value in values), strict=True)))
+
+
+def halves_in(number: int, size: int) -> list[UOp]:
+    """Shared memory for the eight columns' halves, high ones and low ones."""
+    return [UOp.placeholder((COLUMNS, size + 4 * APART), HALF, number + n, AddrSpace.LOCAL) for n in range(2)]
+
+
+def rows_of(first: list[UOp], second: list[UOp]) -> list[UOp]:
+    """Two rows of four terms each, in the order in which an instruction takes them."""
+    return [*first[:2], *second[:2], *first[2:], *second[2:]]
+
+
+def multiplied(rows: Halves, columns: Halves, totals: tuple[UOp, UOp]) -> tuple[UOp, UOp]:
+    """Totals and the products of halves: those of high ones, and those that are LOW times too large."""
+    def added(a: list[UOp], b: list[UOp], total: UOp) -> UOp:
+        return UOp.wmma(UOp.stack(*a), UOp.stack(*b), total, (COLUMNS, ROWS, TERMS), "CUDA", WARP)
+    high, low = totals
+    return added(rows[0], columns[0], high), added(rows[1], columns[0], added(rows[0], columns[1], low))
+
+
+def together(totals: tuple[UOp, UOp]) -> list[UOp]:
+    """A thread's four sums: of two rows and two columns."""
+    return [totals[0].index(const(e)) + totals[1].index(const(e)) * (1 / LOW) for e in range(4)]
+
+
+def parts(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What each of `count` parts finds for tokens from `position` (1,) int32 on: values weighed by it (tokens, heads,
+    count, dim), and the logarithm of its weight (tokens, heads, count). Parts past the text's end may hold anything.
+
+    q (tokens, heads, dim), keys and values (positions, kv_heads, dim), float32.
+    """
+    (tokens, heads, dim), (positions, kv_heads, _), device = q.shape, keys.shape, q.device
+    share, warps, size = heads // kv_heads, dim // DIMS, size_of(dim)
+
+    def kernel(out: UOp, best: UOp, q: UOp, keys: UOp, values: UOp, position: UOp) -> UOp:
+        token, group, part = UOp.range(tokens, 0), UOp.range(kv_heads, 1), UOp.range(-(-positions // size), 2)
+        lane, warp = UOp.range(WARP, 3, AxisType.LOCAL), UOp.range(warps, 4, AxisType.LOCAL)
+        end = number(position.index(const(0)), positions) + token + 1
+        if tuning.is_cuda(device):      # who has nothing to do need not wait for what others do
+            leave = UOp(Ops.CUSTOM, dtypes.void, (part * size < end,), "if (!{0}) return;")
+            q, keys, values = (room.after(UOp.barrier(leave)) for room in (q, keys, values))
+        line, four, first = lane // LANES, (lane & (LANES - 1)) * FOUR, part * size
+
+        def head(column: UOp) -> UOp:   # of fewer than eight the last is done again
+            return group * share + column.minimum(share - 1)
+
+        def loaded(cache: UOp, place: UOp, start: UOp) -> list[UOp]:
+            at = first + place
+            return [cache.index(at.valid(at < end), group, start + n).load() for n in range(FOUR)]
+        # queries as halves, for all threads; keys, sixteen positions a warp, are asked for at once
+        thread = warp * WARP + lane
+        row, place = thread // (dim // EIGHT), (thread & (dim // EIGHT - 1)) * EIGHT
+        queries, stores = halves_in(QUERIES, dim), []
+        some = [q.index(token, head(row), place + n).load() for n in range(EIGHT)]
+        for room, half in zip(queries, halves_of(some, device), strict=True):
+            stores += [room.index(row, place + n).store(value) for n, value in enumerate(half)]
+        rows = [rows_of(*(loaded(keys, warp * ROWS + line + half, step + four) for half in (0, 8)))
+                for step in range(0, dim, TERMS)]
+        ready = UOp.barrier(*stores, *(key for row in rows for key in row))
+        queries, totals = [room.after(ready) for room in queries], (ZEROS, ZEROS)
+        for n, keys_of in enumerate(rows):
+            columns = tuple([room.index(line, n * TERMS + four + k).load() for k in range(FOUR)] for room in queries)
+            totals = multiplied(halves_of(keys_of, device), columns, totals)
+        shared, stores = shared_memory(SCORES, COLUMNS, size + APART), []
+        for e, score in enumerate(together(totals)):
+            place = warp * ROWS + line + e // 2 * 8
+            stores.append(shared.index((lane & (LANES - 1)) * 2 + e % 2, place).store(
+                (first + place < end).where(score * dim ** -0.5, NOWHERE)))
+        # values: asked for before their weights are known
+        rows = [[loaded(values, const(n) + four + j, warp * DIMS + line * FOUR) for j in range(FOUR)]
+                for n in range(0, size, ROWS)]
+        shared = shared.after(UOp.barrier(*stores, *(v for row in rows for some in row for v in some)))
+        # weights: four positions of one head a thread
+        many = warps * WARP // COLUMNS
+        row, place = thread // many, (thread & (many - 1)) * FOUR
+        scores = [shared.index(row, place + n).load() for n in range(FOUR)]
+        highs = shared_memory(HIGHS, COLUMNS, many)
+        highs = highs.after(UOp.barrier(highs.index(row, thread & (many - 1)).store(largest(scores, device))))
+        high = largest([highs.index(row, const(n)).load() for n in range(many)], device)
+        weights = [(score > NOWHERE / 2).where((score - high).exp(), 0.0) for score in scores]
+        rooms = halves_in(WEIGHTS, size)
+        stores = [room.index(row, place + n).store(half) for room, some in zip(
+            rooms, halves_of(weights, device), strict=True) for n, half in enumerate(some)]
+        sums = shared_memory(TOTALS, COLUMNS, many)
+        ready = UOp.barrier(*stores, sums.index(row, thread & (many - 1)).store(sum(weights[1:], weights[0])))
+        rooms, sums = [room.after(ready) for room in rooms], sums.after(ready)
+
+        def weight_of(row: UOp) -> UOp:
+            return sum(sums.index(row, const(n)).load() for n in range(many))
+        # the weighed sum of values: some dimensions a warp, four of two heads a thread
+        found = [(ZEROS, ZEROS), (ZEROS, ZEROS)]
+        for n, some in enumerate(rows):
+            columns = tuple([room.index(line, n * ROWS + four + k).load() for k in range(FOUR)] for room in rooms)
+            for pair in range(2):
+                dims = rows_of(*([v[pair * 2 + k] for v in some] for k in range(2)))
+                found[pair] = multiplied(halves_of(dims, device), columns, found[pair])
+        stores = [best.index(token, head(row), part).store(high + weight_of(row).log())]
+        for side in range(2):
+            column = (lane & (LANES - 1)) * 2 + side
+            once = 1 / weight_of(column)
+            for pair, totals in enumerate(found):
+                every = together(totals)
+                stores += [out.index(token, head(column), part, warp * DIMS + line * FOUR + pair * 2 + k).store(
+                    every[2 * k + side] * once) for k in range(2)]
+        return UOp.group(*stores).end(token, group, part, lane, warp).sink(
+            arg=KernelInfo(f"attend_long_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
+    out, best = (result(tokens, heads, count, *more, like=q) for more in ((dim,), ()))
+    return out.custom_kernel(best, q, keys, values, position, fxn=kernel)[:2]
