@@ -4,7 +4,7 @@ A block of a GGUF file holds its scale between its quants, at addresses that no 
 an order that suited a CPU's vector instructions. Here the same bits lie apart and in sequence: quants (the low 4 bits
 of 8 values a word, or 4 values of 8 bits), the bits above them, scales. Nothing is added: a tensor takes on the device
 what it takes in the file. Scales stay halves; where a device cannot be trusted with those they lie as their 16 bits,
-which kernels widen by hand. Three forms of each layout stand together:
+which kernels widen by hand (or, on many CPUs, read as halves). Three forms of each layout stand together:
 
 - `repack`, plain tensor code: rows of a file's blocks -> the arrays;
 - `values`, plain tensor code, the twin: the arrays -> float values;
