@@ -14,7 +14,7 @@ CASES = ((16, 2, 1, 16, 100, 37, FlashTiling(32, 2, 2)),    # positions end insi
          (32, 4, 1, 32, 150, 0, FlashTiling(64, 2, 1)),     # the first text, in one part
          (32, 2, 2, 64, 130, 47, FlashTiling(16, 4, 1)),    # heads share no keys; a text in two tiles
          (2, 6, 2, 64, 100, 70, "long"),                    # three heads of eight columns, a part that is not full
-         (1, 8, 1, 64, 160, 31, "long"),                    # all eight; the last token of a part; parts behind the text
+         (1, 8, 1, 64, 160, 31, "long"),                    # all eight; a part that is just full
          (1, 4, 2, 128, 130, 5, "long"))
 
 

@@ -1,13 +1,18 @@
 """Kernels written by hand against their plain-tensor twins, and packed weights against the file's own unpacking."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from arrays import TOLERANCE, from_raw, integers, numbers, off, packed, tensor, threads_share
 from tinygrad import Tensor, dtypes
+from tinygrad.renderer.cstyle import ClangRenderer
+from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from minillama.blocks import FORMATS, unpack
 from minillama.kernels import groups, norm, product, ring, router, tensor_cores, tuning
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed, rows_of, unpacked
+from minillama.kernels.rendering import sources
 from minillama.packers import pack
 
 EACH = pytest.mark.parametrize("format", LAYOUTS)
@@ -30,9 +35,10 @@ def test_repacked_bytes_are_hardly_more_and_give_the_same_values_to_the_last_bit
 
 
 @pytest.mark.parametrize("format", [name for name in LAYOUTS if name not in ("F32", "BF16")])
-@pytest.mark.parametrize("scale", (0.0, TINY, 1e-6, LARGEST))
-def test_scales_that_are_zero_subnormal_or_largest_are_widened_rightly(format, scale):
-    """Random blocks whose every half (scale, minimum) is one number: its bits are written over the packed ones."""
+@pytest.mark.parametrize("scale", (0.0, TINY, -1e-6, LARGEST))
+def test_scales_that_are_zero_subnormal_or_largest_are_widened_rightly(format, scale, monkeypatch):
+    """Random blocks whose every half (scale, minimum) is one number: its bits are written over the packed ones. By an
+    instruction, where there is one, and by moving bits."""
     size, half = FORMATS[format].size, np.float16(scale).view(np.uint16).item().to_bytes(2, "little")
     raw = np.random.default_rng(1).integers(0, 256, (4, max(1, 256 // FORMATS[format].block), size), dtype=np.uint8)
     places = {"F16": (0,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
@@ -44,6 +50,30 @@ def test_scales_that_are_zero_subnormal_or_largest_are_widened_rightly(format, s
     assert off(unpacked(weight), want) < 1e-6
     x = tensor(1, 256)
     assert off(product.linear(x, weight), x.numpy() @ want.T) < TOLERANCE
+    monkeypatch.setattr(tuning, "converts_halves", lambda device: False)
+    assert off(product.linear(x, weight), x.numpy() @ want.T) < TOLERANCE
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(("arch", "known"), (("x86_64,x86-64", False), ("x86_64,ivybridge", True),
+                                             ("arm64,cortex-a72", True)))
+def test_an_instruction_that_widens_halves_is_found_by_asking_the_compiler(arch, known, monkeypatch):
+    """ivybridge was the first x86 of Intel's with F16C."""
+    renderer = object.__new__(ClangRenderer)
+    renderer.compiler = ClangCompiler(arch.split(","))
+    monkeypatch.setattr(tuning, "Device", {"CPU": SimpleNamespace(renderer=renderer)})
+    assert tuning.converts_halves.__wrapped__("CPU") == known
+    assert not tuning.converts_halves.__wrapped__("CL")
+
+
+@pytest.mark.host
+def test_a_product_on_a_cpu_leaves_vectors_to_the_compiler():
+    """Results are stored one by one; scales are halves where there is an instruction for them."""
+    arrays = [Tensor.empty(*part.shape(64, 256), dtype=part.on("CPU"), device="CPU") for part in LAYOUTS["Q4_0"].parts]
+    x = Tensor.empty(1, 256, device="CPU")
+    source, = sources(product.linear(x, Packed("Q4_0", (64, 256), tuple(arrays))))
+    assert "*)((data0" not in source
+    assert ("__fp16" in source) == tuning.converts_halves("CPU")
 
 
 def test_bytes_that_do_not_fill_the_shape_are_refused():

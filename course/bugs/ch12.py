@@ -1,12 +1,14 @@
 """Bugs of one line that chapter 12's *Equal?* cells must catch: (module, attribute, original -> broken)."""
 from dataclasses import replace
 
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 
 def subnormal_scales_are_zero(original):
     """A half whose exponent is 0 is taken for 0, as where halves are emulated carelessly."""
     def half_to_float(bits):
+        if bits.dtype == dtypes.half:
+            bits = bits.bitcast(dtypes.uint16).cast(dtypes.uint32)
         value = original(bits)
         return (bits & 0x7c00).eq(0).where(0.0, value)
     return half_to_float

@@ -2,6 +2,8 @@
 
 What works on a UOp in a kernel works on whole tensors, too, where both know the same operators.
 """
+from dataclasses import dataclass
+
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import Ops, UOp
 
@@ -48,6 +50,14 @@ def times(x: UOp, factor: float) -> UOp:
     return x * factor + ((x.bitcast(WORD) >> 1) & (1 << 31)).bitcast(FLOAT)
 
 
+def apart(place: UOp) -> UOp:
+    """The same place, so written that tinygrad does not join stores to neighbours: a zero is added that only compilers
+    see through. A CPU's compiler finds vectors by itself, starting from what is stored: given vectors of four there,
+    it makes none of eight (measured on an x86 with AVX-512: a product took 9.7 µs, not 7.5)."""
+    bits = place.cast(WORD)
+    return place + (bits & (bits ^ 0xffffffff)).cast(dtypes.weakint)
+
+
 def as_halves(words: list[UOp], device: str) -> list[UOp]:
     """Words as pairs of halves, the lower one first. (CUDA's compiler would undo shifts by more shifts, but leaves a
     `half2` alone; tinygrad's emulator knows shifts only.)"""
@@ -69,8 +79,16 @@ def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
     return first, ((x - half_to_float(first.bitcast(BITS).cast(WORD))) * low).cast(HALF)
 
 
-def load(array: UOp, *index: UOp) -> UOp:
+@dataclass(frozen=True)
+class AsHalves:
+    """An array of 16-bit words that are to be read as halves."""
+    words: UOp
+
+
+def load(array: UOp | AsHalves, *index: UOp) -> UOp:
     """One item of an array, integers as uint32."""
+    if isinstance(array, AsHalves):
+        return array.words.index(*index).load().bitcast(HALF)
     value = array.index(*index).load()
     return value if value.dtype in dtypes.floats else value.cast(dtypes.uint32)
 

@@ -72,7 +72,7 @@ def sums_along(*weights: Packed, tokens: int, rows: int = 0, times: int = 1, out
         return MmaRows(first.device, rows, first.columns, tokens, cut)
     octets = first.columns // OCTET
     return Rows(first.device, rows, octets, tokens,
-                tuning.product(first.device, rows, octets, tokens, matrices, times, outer))
+                tuning.product(first.device, rows, octets, tokens, matrices, times, outer, first.layout.block == 1))
 
 
 Column = tuple[Tensor, int]     # where a projection lies: a buffer (tokens, columns) and the first of its columns
@@ -161,7 +161,8 @@ def shared_gated(x: Tensor | Normed, gate: Packed, up: Packed, share: Tensor, ro
     norm is still to be taken, the last result is what it gives, (tokens, hidden): each row writes some of it."""
     (tokens, hidden), weights, given = x.shape, [gate, up, *([] if router is None else [router])], inputs(x)
     octets = hidden // OCTET        # one of them is no matrix: not for tensor cores
-    work = Rows(x.device, gate.rows, octets, tokens, tuning.product(x.device, gate.rows, octets, tokens, 2))
+    work = Rows(x.device, gate.rows, octets, tokens,
+                tuning.product(x.device, gate.rows, octets, tokens, 2, plain=gate.layout.block == 1))
     outs = [result(tokens, gate.rows, like=share) for _ in weights[1:]]
     columns = hidden // gate.rows if isinstance(x, Normed) and hidden % gate.rows == 0 else 0   # that a row writes
     outs += [result(tokens, hidden, like=share)] if columns else []

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from minillama.kernels import tuning
+from minillama.kernels.bits import BITS, HALF, AsHalves, apart
 from minillama.kernels.block import const, shared_memory
 from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.tuning import Tiling, unrolled
@@ -66,10 +67,13 @@ class Factor:
     x: Vectors
 
     def part(self, step: int, device: str) -> Part:
-        """The share of `step` octets. (Quants are multiplied in place where a device can do that.)"""
-        in_place = tuning.multiplies_subnormals(device)
+        """The share of `step` octets. (Quants are multiplied in place where a device can do that, and bits of halves
+        read as halves.)"""
+        in_place, converts = tuning.multiplies_subnormals(device), tuning.converts_halves(device)
+        arrays = tuple(AsHalves(array) if converts and part.dtype is HALF and array.dtype is BITS else array
+                       for array, part in zip(self.arrays, self.layout.parts, strict=True))
         return lambda row, token, first, term: dot(
-            self.layout, self.arrays, self.row(row, term), first, step,
+            self.layout, arrays, self.row(row, term), first, step,
             lambda i, k: self.x.value(token, term, i, k), in_place)
 
 
@@ -109,8 +113,8 @@ class Rows:
     def _in_loops(self, parts: list[Part], outer: int, once: Part | None, prefetch: Prefetch) -> "Summed":
         row, token, i, term = UOp.range(self.rows, 0), UOp.range(self.tokens, 1), counter(
             self.octets // self.cut.step, 2), counter(outer, 3)
-        return Summed([added(part(row, token, i * self.cut.step, term), term, i) for part in parts], row, token, row,
-                      (row, token), self.cut.opts, prefetch(token, row))
+        totals = [added(part(row, token, i * self.cut.step, term), term, i) for part in parts]
+        return Summed(totals, row, token, apart(row), (row, token), self.cut.opts, prefetch(token, row))
 
     def _over_lanes(self, parts: list[Part], outer: int, once: Part | None, prefetch: Prefetch) -> "Summed":
         c, own = self.cut, self.cut.each * self.tokens

@@ -13,12 +13,13 @@ from functools import cache
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import Context
+from tinygrad.renderer.cstyle import ClangRenderer
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Octets a step, lanes a subgroup, rows a subgroup (without lanes: a thread), subgroups a thread block. Where
-    there are lanes, `product` starts from these."""
+    """Octets a step, lanes a subgroup, rows a subgroup (without lanes: a thread, of each matrix), subgroups a thread
+    block. Where there are lanes, `product` starts from these."""
     step: int
     lanes: int
     rows: int
@@ -28,8 +29,8 @@ class Spread:
 FEW = 16            # tokens up to which a weight is unpacked inside its product; a prompt shares one unpacked copy
 WRITTEN = 8         # turns of a loop over steps that lanes take at once, at most
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
-# CL (PoCL) and CPU: measured on a server's CPU of two cores
-SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(2, 1, 8, 1)}
+# CL (PoCL) and CPU: measured on a server's CPU of two cores (octets that share a scale, all in one step)
+SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(4, 1, 8, 1)}
 SHARING = ("CUDA", "METAL", "NV", "AMD")
 
 
@@ -71,19 +72,20 @@ class Tiling:
 
 
 def product(device: str, rows: int, octets: int, tokens: int, matrices: int = 1, times: int = 1,
-            outer: int = 1) -> Tiling:
+            outer: int = 1, plain: bool = False) -> Tiling:
     """The cut for so many rows and tokens, in a sum over `outer` terms; `times` over, for so many experts. Several
-    `matrices` that are read at once leave a subgroup fewer rows of each.
+    `matrices` that are read at once leave a subgroup fewer rows of each. `plain`: they have no blocks, so that octets
+    share no scale.
 
     Lanes do little work on much data, so their loads are issued all at once, in unrolled loops; otherwise each
     iteration would wait for the memory. (Measured on an H200.)
     """
     spread = spread_for(device)
     if spread.lanes == 1:
-        each = fitting(max(1, spread.rows // matrices // (1 if tokens <= 2 else 2)), rows)
+        each = fitting(spread.rows // (1 if tokens <= 2 else 2), rows)
         opts = [Opt(OptOps.UPCAST, 1, tokens)] if 1 < tokens <= 16 else []
         opts += [Opt(OptOps.UPCAST, 0, each)] if each > 1 else []
-        return Tiling(fitting(spread.step, octets), tuple(opts))
+        return Tiling(1 if plain else fitting(spread.step, octets), tuple(opts))
     many, some = rows * times >= 8192, rows * times >= 2048
     step, lanes, each = spread.step, spread.lanes, spread.rows
     if outer > 1:
@@ -212,9 +214,20 @@ def shares_memory(device: str) -> bool:
 
 
 def widens_halves(device: str) -> bool:
-    """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). A
-    CPU and PoCL do not, or only by way of tinygrad's stand-in."""
+    """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). Not
+    every CPU does (`converts_halves`), nor does PoCL."""
     return backend(device) == "CUDA"
+
+
+@cache
+def converts_halves(device: str) -> bool:
+    """Whether products for a few tokens take the bits of halves for halves, on a CPU with an instruction that makes
+    float32 numbers of them: any ARM, and x86 with F16C. Without it the compiler calls a function, slowly if tinygrad
+    finds it at all. (Kernels for prompts move bits: some of them took three times as long with that instruction.)"""
+    if device.split(":")[0] != "CPU" or not isinstance(renderer := Device[device].renderer, ClangRenderer):
+        return False
+    made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
+    return not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
 
 
 def multiplies_subnormals(device: str) -> bool:
@@ -308,7 +321,7 @@ def tensor_cores(device: str, size: int, rows: int, steps: int, tokens: int, eac
 
 def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:
     """The same for columns (axis 0) × tiles (axis 1) × rows of a tile (axis 2), the rows all in one thread."""
-    step = fitting(spread_for(device).step, octets)
+    step = fitting(2 if backend(device) == "CPU" else spread_for(device).step, octets)
     opts = (Opt(OptOps.UPCAST, 2, tile),)
     return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ())
 
