@@ -76,8 +76,8 @@ def test_a_few_tokens_attend_over_a_long_cache_on_tensor_cores(heads, kv_heads, 
     size = long_attention.size_of(dim)
     assert (kernel.threads, kernel.blocks) == (dim, 2 * kv_heads * -(-positions // size))
     assert shared(kernel.source) <= SHARED and "return;" in kernel.source and "attended_" in total.source
-    assert kernel.source.count("= __WMMA_") == 3 * (dim // 16 + 2 * size // 16)
-    for cache, loads in (("data3_", dim // 8), ("data4_", size // 4)):      # of a thread, each of four neighbours
+    assert kernel.source.count("= __WMMA_") == 3 * (dim // 32 + 2 * size // 16)     # two warps share keys
+    for cache, loads in (("data3_", dim // 16), ("data4_", size // 4)):      # of a thread, each of four neighbours
         lines = [line for line in kernel.source.split("\n") if f"({cache}" in line]
         assert len(lines) == loads and all(line.startswith("  float4 val") for line in lines)
 

@@ -13,7 +13,7 @@ from minillama import program_cache
 from minillama.kernels import long_attention, tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, number, result
-from minillama.kernels.softmax import NOWHERE, largest
+from minillama.kernels.softmax import NOWHERE, largest, largest_of_threads
 from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import fitting
 
@@ -23,7 +23,8 @@ MANY = 8192             # write and what is read again to sum it up counts for m
                         # CUDA `long_attention` does long ones)
 THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
 LANES = 8
-AT_ONCE = 16            # parts that are summed up at once, so that a thread waits once for all of them
+SHARES = 4              # number of a shared buffer
+AT_ONCE = 16            # parts that are summed up at once
 
 
 def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
@@ -109,9 +110,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     if not fits(heads, kv_heads, dim):
         raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
     if long_attention.fits(q.device, heads, kv_heads, dim, positions):
-        size = long_attention.size_of(dim)
-        return summed(*long_attention.parts(q, keys, values, position, parts_of(positions, size)), gate, stride,
-                      position, size, positions)
+        size, at_once = long_attention.size_of(dim), long_attention.AT_ONCE
+        found = long_attention.parts(q, keys, values, position, parts_of(positions, size, at_once))
+        return summed(*found, gate, stride, position, size, positions, at_once)
     device, share = q.device, heads // kv_heads
     size, lanes, each = threads_of(share, dim, positions)
     here, threads = -(-positions // size), size * lanes
@@ -173,39 +174,43 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
             arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
 
     # what each part found: weighed values (tokens, heads, parts, dim), and the logarithm of their weight
-    found, best = (result(tokens, heads, parts_of(positions, size), *more, like=q) for more in ((dim,), ()))
+    found, best = (result(tokens, heads, parts_of(positions, size, AT_ONCE), *more, like=q) for more in ((dim,), ()))
     found, best = found.custom_kernel(best, q, keys, values, position, fxn=part_kernel)[:2]
-    return summed(found, best, gate, stride, position, size, positions)
+    return summed(found, best, gate, stride, position, size, positions, AT_ONCE)
 
 
-def parts_of(positions: int, size: int) -> int:
+def parts_of(positions: int, size: int, at_once: int) -> int:
     """How many parts of `size` positions `summed` reads."""
     here = -(-positions // size)
-    return here + -here % AT_ONCE
+    return here + -here % at_once
 
 
 def summed(found: Tensor, best: Tensor, gate: Column, stride: int, position: Tensor, size: int, positions: int,
-           ) -> Tensor:
+           at_once: int) -> Tensor:
     """What parts of `size` positions found, put together, times sigmoid(gate): (tokens, heads * dim). found (tokens,
-    heads, parts, dim): weighed values; best (tokens, heads, parts): the logarithms of their weight."""
+    heads, parts, dim): weighed values; best (tokens, heads, parts): the logarithms of their weight. `at_once`: parts
+    that are summed up at once, so that a thread waits once for all of them."""
     (tokens, heads, parts, dim), device = found.shape, found.device
 
     def sum_kernel(out: UOp, found: UOp, best: UOp, gate_: UOp, position: UOp) -> UOp:
         token, head, d = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
         start = number(position.index(const(0)), positions)
         count = (start + token + size) // size          # parts that found something for this token
-        turns = (start + (tokens - 1 + size * AT_ONCE)) // (size * AT_ONCE)
-        first, i = (UOp.range(turns, n, AxisType.REDUCE) if parts > AT_ONCE else const(0) for n in (3, 4))
-
-        def highs(turn: UOp) -> list[UOp]:
-            return [(turn * AT_ONCE + n < count).where(best.index(token, head, turn * AT_ONCE + n).load(), NOWHERE)
-                    for n in range(AT_ONCE)]
-        high = largest(highs(first), device)
-        high = high.reduce(first, arg=Ops.MAX) if parts > AT_ONCE else high
-        shares = [(one > NOWHERE / 2).where((one - high).exp(), 0.0) for one in highs(i)]
-        values = [(i * AT_ONCE + n < count).where(found.index(token, head, i * AT_ONCE + n, d).load(), 0.0)
-                  for n in range(AT_ONCE)]
-        y = added(sum(value * share for value, share in zip(values, shares, strict=True)), i) / added(sum(shares), i)
+        # how much each part counts: some of them a thread
+        own = [d + n for n in range(0, parts, dim)]
+        scores = [(part < count).where(best.index(token, head, part.minimum(parts - 1)).load(), NOWHERE)
+                  for part in own]
+        high = largest_of_threads(largest(scores, device), d, dim, device)
+        weights = [(score > NOWHERE / 2).where((score - high).exp(), 0.0) for score in scores]
+        total, shares = mean_of_threads(sum(weights), d, dim) * dim, shared_memory(SHARES, len(own) * dim)
+        shares = shares.after(UOp.barrier(*(
+            shares.index(part).store(weight) for part, weight in zip(own, weights, strict=True))))
+        # their weighed sum
+        turns = (start + (tokens - 1 + size * at_once)) // (size * at_once)
+        i = UOp.range(turns, 3, AxisType.REDUCE) if parts > at_once else const(0)
+        each = [i * at_once + n for n in range(at_once)]
+        values = [(part < count).where(found.index(token, head, part, d).load(), 0.0) for part in each]
+        y = added(sum(value * shares.index(part).load() for part, value in zip(each, values, strict=True)), i) / total
         open_ = gate_.index(token, head * stride + d + gate[1]).load().sigmoid()
         return out.index(token, head * dim + d).store(y * open_).end(token, head, d).sink(
             arg=KernelInfo(f"attended_{tokens}_{heads}_{dim}_{parts}", opts_to_apply=()))

@@ -21,8 +21,10 @@ from minillama.kernels.softmax import NOWHERE, largest
 
 LANES, FOUR = 4, 4      # that share a row; neighbours that one load brings
 DIMS = 32               # dimensions whose values a warp weighs
-EIGHT = 8               # values of the queries that a thread puts into halves
+SIDES = 2               # warps that divide the dimensions of the same keys between them
+EIGHT, TWO = 8, 2       # values of the queries that a thread puts into halves; weights that it finds
 APART = 4               # scores between the rows of two heads, so that they lie in other banks, and times 4 halves
+AT_ONCE = 64            # parts that are summed up at once: they are many
 LONG = 1536             # positions of a cache from which on it pays (an H200: after 100 tokens one takes 13 instead of
                         # 9 µs, after 600 as long as before, after 4,096 22 instead of 56)
 SCORES, HIGHS, TOTALS, QUERIES, WEIGHTS = 0, 1, 2, 40, 42   # numbers of shared buffers; of the last ones two each
@@ -38,8 +40,8 @@ def fits(device: str, heads: int, kv_heads: int, dim: int, positions: int) -> bo
 
 
 def size_of(dim: int) -> int:
-    """Positions of a part: sixteen a warp."""
-    return dim // DIMS * ROWS
+    """Positions of a part: sixteen for every two warps."""
+    return dim // DIMS // SIDES * ROWS
 
 
 def halves_of(values: list[UOp], device: str) -> Halves:
@@ -101,26 +103,28 @@ def parts(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, count: int)
         some = [q.index(token, head(row), place + n).load() for n in range(EIGHT)]
         for room, half in zip(queries, halves_of(some, device), strict=True):
             stores += [room.index(row, place + n).store(value) for n, value in enumerate(half)]
-        rows = [rows_of(*(loaded(keys, warp * ROWS + line + half, step + four) for half in (0, 8)))
-                for step in range(0, dim, TERMS)]
+        tile, start = warp // SIDES * ROWS + line, (warp & (SIDES - 1)) * (dim // SIDES) + four
+        rows = [rows_of(*(loaded(keys, tile + half, start + step) for half in (0, 8)))
+                for step in range(0, dim // SIDES, TERMS)]
         ready = UOp.barrier(*stores, *(key for row in rows for key in row))
         queries, totals = [room.after(ready) for room in queries], (ZEROS, ZEROS)
         for n, keys_of in enumerate(rows):
-            columns = tuple([room.index(line, n * TERMS + four + k).load() for k in range(FOUR)] for room in queries)
+            place = start + n * TERMS
+            columns = tuple([room.index(line, place + k).load() for k in range(FOUR)] for room in queries)
             totals = multiplied(halves_of(keys_of, device), columns, totals)
-        shared, stores = shared_memory(SCORES, COLUMNS, size + APART), []
-        for e, score in enumerate(together(totals)):
-            place = warp * ROWS + line + e // 2 * 8
-            stores.append(shared.index((lane & (LANES - 1)) * 2 + e % 2, place).store(
-                (first + place < end).where(score * dim ** -0.5, NOWHERE)))
-        # values: asked for before their weights are known
+        shared = shared_memory(SCORES, SIDES, COLUMNS, size + APART)
+        stores = [shared.index(warp & (SIDES - 1), (lane & (LANES - 1)) * 2 + e % 2, tile + e // 2 * 8).store(score)
+                  for e, score in enumerate(together(totals))]
+        # values: half of them asked for before their weights are known (all would take too many registers)
         rows = [[loaded(values, const(n) + four + j, warp * DIMS + line * FOUR) for j in range(FOUR)]
                 for n in range(0, size, ROWS)]
-        shared = shared.after(UOp.barrier(*stores, *(v for row in rows for some in row for v in some)))
-        # weights: four positions of one head a thread
+        shared = shared.after(UOp.barrier(*stores, *(v for row in rows[::2] for some in row for v in some)))
+        # weights: two positions of one head a thread
         many = warps * WARP // COLUMNS
-        row, place = thread // many, (thread & (many - 1)) * FOUR
-        scores = [shared.index(row, place + n).load() for n in range(FOUR)]
+        row, place = thread // many, (thread & (many - 1)) * TWO
+        scores = [(first + place + n < end).where(sum(
+            shared.index(const(side), row, place + n).load() for side in range(SIDES)) * dim ** -0.5, NOWHERE)
+            for n in range(TWO)]
         highs = shared_memory(HIGHS, COLUMNS, many)
         highs = highs.after(UOp.barrier(highs.index(row, thread & (many - 1)).store(largest(scores, device))))
         high = largest([highs.index(row, const(n)).load() for n in range(many)], device)
