@@ -19,7 +19,13 @@ def twice(original):
     return lambda record: 2 * original(record)
 
 
+def blind(original):
+    """A token does not see itself."""
+    return lambda q, k, v, start: original(q, k, v, start - 1)
+
+
 BUGS = {
+    "a token does not see itself": ("minillama.attention", "attend", blind),
     "no room for a padded batch is counted": ("minillama.describe", "state_bytes", context_alone),
     "routers and shared experts count as experts": ("minillama.describe", "part_of", routers_asleep),
     "weights are counted twice": ("minillama.shapes", "weight_bytes", twice),
