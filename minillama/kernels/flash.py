@@ -7,9 +7,9 @@ and when a larger score turns up, it scales both sums down. Source: Milakov & Gi
 are enough for a whole GPU; a last kernel puts their parts together, and gates.
 
 In the first product of a tile each warp takes 16 of its positions, for all rows; in the second one some of the
-dimensions, for all rows and positions. So a warp alone needs its keys and values, and reads them without a detour
-through shared memory, where only weights and largest scores meet. For that, kernels before it put queries, keys and
-values into the order in which tensor cores take them (`flash_cells.py`).
+dimensions, for all rows and positions. So each key and each value is needed by one warp only, which reads it without a
+detour through shared memory, where only weights, largest scores and, at the end, sums meet. For that, kernels before
+it put queries, keys and values into the order in which tensor cores take them (`flash_cells.py`).
 """
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,9 +3,10 @@
 A block of a GGUF file holds its scale between its quants, at addresses that no GPU likes to read, and its nibbles in
 an order that suited a CPU's vector instructions. Here the same bits lie apart and in sequence: quants (the low 4 bits
 of 8 values a word, or 4 values of 8 bits), the bits above them, scales. A tensor takes on the device what it takes in
-the file, save that K formats' six-bit numbers get a byte each there (2.8 % more): found with a shift, not put together
-from two places. Scales stay halves; where a device cannot be trusted with those they lie as their 16 bits,
-which kernels widen by hand (or, on many CPUs, read as halves). Three forms of each layout stand together:
+the file, save that the six-bit numbers of Q4_K and Q5_K get a byte each there (2.8 % and 2.3 % more): found with a
+shift, not put together from two places. Scales stay halves; where a device cannot be trusted with those they lie as
+their 16 bits, which kernels widen by hand (or, on many CPUs, read as halves). Three forms of each layout stand
+together:
 
 - `repack`, plain tensor code: rows of a file's blocks -> the arrays;
 - `values`, plain tensor code, the twin: the arrays -> float values;

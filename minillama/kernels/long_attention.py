@@ -1,6 +1,6 @@
 """Attention of a few tokens over a long cache, on tensor cores: parts of the cache, each by a block of threads.
 
-A step of a long text spends its time here, and little of it on reading: query heads that share keys multiply each of
+Much of a long text's step can go here, and little of that is reading: query heads that share keys multiply each of
 them. So the heads are the eight columns of a tensor core's instruction (`mma.py`), and its sixteen rows are positions,
 or, where values are weighed, dimensions. The caches are float32; keys, queries, values and weights go in as two halves
 each, high and low, of which three products count.
@@ -25,8 +25,8 @@ SIDES = 2               # warps that divide the dimensions of the same keys betw
 EIGHT, TWO = 8, 2       # values of the queries that a thread puts into halves; weights that it finds
 APART = 4               # scores between the rows of two heads, so that they lie in other banks, and times 4 halves
 AT_ONCE = 64            # parts that are summed up at once: they are many
-LONG = 1536             # positions of a cache from which on it pays (an H200: after 100 tokens one takes 13 instead of
-                        # 9 µs, after 600 as long as before, after 4,096 22 instead of 56)
+LONG = 1536             # positions of a cache from which on it pays (an H200: after 100 tokens one takes 10.5 instead
+                        # of 9.3 µs, after 600 as long as before, after 2,048 11 instead of 18)
 SCORES, HIGHS, TOTALS, QUERIES, WEIGHTS = 0, 1, 2, 40, 42   # numbers of shared buffers; of the last ones two each
 ZEROS = UOp.stack(*[UOp.const(0.0, FLOAT)] * 4)
 Halves = tuple[list[UOp], list[UOp]]            # the high ones, the low ones
