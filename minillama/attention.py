@@ -102,9 +102,10 @@ def attention(x: Tensor, w: AttentionWeights, config: ModelConfig, table: Tensor
     return linear(out.reshape(*x.shape[:-1], config.heads * config.head_dim), w.out, residual)
 
 
-def can_step(device: str, config: ModelConfig) -> bool:
-    """Whether `attention_step` can attend with kernels of its own, for this model on this device."""
-    return tuning.shares_memory(device) and kernels.fits(config.heads, config.kv_heads, config.head_dim)
+def can_step(config: ModelConfig, cache: KVCache) -> bool:
+    """Whether `attention_step` can attend with kernels of its own, for this model over such a cache."""
+    return tuning.shares_memory(cache.keys.device) and kernels.fits(
+        config.heads, config.kv_heads, config.head_dim, cache.keys.shape[0])
 
 
 def can_flash(tokens: int, config: ModelConfig, cache: KVCache) -> bool:
@@ -126,7 +127,7 @@ def attention_step(x: Tensor | Normed, w: AttentionWeights, config: ModelConfig,
     rows, values = cached_heads(k, v, w, config, table, cache, position)
     if can_flash(tokens, c, cache):
         y = flash.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
-    elif can_step(x.device, c):
+    elif can_step(c, cache):
         y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     else:
         gate = q[:, at:at + 2 * c.heads * c.head_dim].reshape(tokens, c.heads, -1)[..., c.head_dim:]

@@ -71,7 +71,7 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
     rotary angles of all positions. `few`: hand-written kernels may take over."""
     everywhere, packed = recipe.copies == "everywhere", recipe.weights == "packed"
     step = isinstance(part, KVCache) and (
-        few and (attention.can_step(x.device, config) or not everywhere)
+        few and (attention.can_step(config, part) or not everywhere)
         or packed and not everywhere and attention.can_flash(at.tokens, config, part))
     if step:
         return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)

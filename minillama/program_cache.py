@@ -31,7 +31,8 @@ def at_most(count: sint) -> sint:
     """A count as it is, or the largest it can be where it depends on what is loaded."""
     if not isinstance(count, UOp) or not any(u.op is Ops.LOAD for u in count.toposort()):
         return count
-    return [int(u.vmax) for u in count.toposort() if u.dtype in dtypes.ints][-1]    # in order: sums may be deep
+    bounds = [part.vmax for part in count.toposort() if dtypes.is_int(part.dtype)]  # from below: sums may be deep
+    return int(bounds[-1])
 
 
 def countable(program: UOp) -> UOp:

@@ -26,7 +26,7 @@ PUBLISHED = {"pp1": (37.92, 51.99), "pp8": (137.75, 176.36), "pp512": (930.70, 1
 # Tokens a second of llama.cpp b11434 (CUDA, flash attention) on one H100 80GB, 80B shapes, random Q4_0 weights with a
 # Q6_K head, 48 layers: from two such machines, made for this project with llama-bench.
 LLAMA_CPP = {"pp512": "4,140–4,390", "pp2048": "4,680", "tg32": "168", "tg128": "190–201", "pp512 @ d16384": "4,010",
-             "pp2048 @ d16384": "4,210", "tg128 @ d16384": "186"}       # Q4_0, on H100s
+             "pp2048 @ d16384": "4,210", "tg128 @ d16384": "186"}
 BENCHED, SHIPPED = "qwen3-next-80b-a3b", "minillama-coder"
 
 

@@ -9,7 +9,9 @@ from minillama.kernels.attention import attend_twin
 from minillama.kernels.flash_cells import FlashTiling
 
 # tokens, heads, those with keys, dimensions, positions, the first token's; and a tiling
-CASES = ((16, 2, 1, 16, 100, 37, FlashTiling(32, 2, 2)),    # positions end inside a tile; parts of one tile or none
+CASES = ((16, 2, 1, 16, 100, 37, FlashTiling(32, 2, 2)),    # positions end inside a tile; parts of one tile
+         (16, 2, 1, 16, 100, 0, FlashTiling(32, 2, 2)),     # a part without any
+         (16, 2, 1, 16, 100, 25, FlashTiling(32, 2, 2)),    # a part of which a row sees nothing
          (16, 4, 2, 32, 200, 101, None),
          (32, 4, 1, 32, 150, 0, FlashTiling(64, 2, 1)),     # the first text, in one part
          (32, 2, 2, 64, 130, 47, FlashTiling(16, 4, 1)),    # heads share no keys; a text in two tiles
@@ -30,8 +32,8 @@ def main() -> None:
         at = Tensor([start], dtype=dtypes.int32).realize()
         given = given, read, written, (beside, dim), 2 * dim, at
         if cut == "long":
-            assert long_attention.fits("CUDA", heads, kv_heads, dim, long_attention.LONG)
             long_attention.LONG = 1
+            assert long_attention.fits(given[0].device, heads, kv_heads, dim, positions)
         got = attention.attend(*given) if cut == "long" else flash.attend(*given, cut)
         want = attend_twin(Tensor(q), Tensor(keys[:end]), Tensor(values[:end]), Tensor(gate[..., dim:]), start)
         print(float(np.abs(got.numpy() - want.numpy()).max() / np.abs(want.numpy()).max()))

@@ -115,12 +115,13 @@ def test_attention_in_both_forms_equals_its_twin_on_both_sides_of_a_part(form, t
     assert off(keys, wanted_keys) < TOLERANCE and np.array_equal(values.numpy(), wanted_values)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "can"), (
-    (16, 2, 256, True), (24, 4, 256, True), (4, 2, 32, True), (4, 2, 96, False), (4, 2, 2, False), (99, 1, 64, False),
-    (32, 2, 256, True), (64, 1, 256, False), (40, 2, 4, False)))
-def test_attention_knows_which_heads_it_can_divide(heads, kv_heads, dim, can):
-    assert attention.fits(heads, kv_heads, dim) is can
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "positions", "can"), (
+    (16, 2, 256, 4, True), (24, 4, 256, 4, True), (4, 2, 32, 4, True), (4, 2, 96, 4, False), (4, 2, 2, 4, False),
+    (99, 1, 64, 4, False), (32, 2, 256, 4, True), (64, 1, 256, 4, False), (40, 2, 4, 4, False),
+    (16, 2, 256, 262144, True), (4, 2, 64, 262144, False), (16, 2, 256, 1 << 20, False)))
+def test_attention_knows_which_heads_it_can_divide_and_how_many_parts_have_room(heads, kv_heads, dim, positions, can):
+    assert attention.fits(heads, kv_heads, dim, positions) is can
     if not can:
-        with pytest.raises(ValueError, match="cannot be divided among threads$"):
-            cache = tensor(4, kv_heads, dim)
+        with pytest.raises(ValueError, match="too much for threads$"):
+            cache = Tensor.empty(positions, kv_heads, dim)
             attention.attend(tensor(1, heads, dim), cache, cache, (tensor(1), 0), 0, tensor(1))

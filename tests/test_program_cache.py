@@ -3,6 +3,12 @@ import os
 import subprocess
 import sys
 
+from tinygrad import dtypes
+from tinygrad.uop.ops import UOp
+
+from minillama.kernels.block import const
+from minillama.program_cache import at_most
+
 SCRIPT = """
 from minillama import program_cache
 program_cache.install()
@@ -25,3 +31,11 @@ def test_a_second_process_lowers_nothing_and_computes_the_same(tmp_path):
     values = "[7.125, 14.125, 21.125]"
     assert said[0].startswith(values) and not said[0].endswith(" 0\n"), said
     assert said[1] == f"{values} 0\n", said
+
+
+def test_a_count_of_what_is_loaded_is_bounded_however_deep_its_sum():
+    loaded = UOp.placeholder((4,), dtypes.int32, 0).index(const(1)).load() & 1
+    count = loaded
+    for _ in range(3000):
+        count = count + loaded
+    assert at_most(count) == 3001 and at_most(7) == 7

@@ -20,7 +20,7 @@ from minillama.kernels.tuning import fitting
 program_cache.install()     # which counts loops of unknown length
 SHORT, LONG = 16, 64    # positions of a part, in a cache of up to MANY positions and in a longer one, where what parts
 MANY = 8192             # write and what is read again to sum it up counts for more than waiting (not measured: on
-                        # CUDA `long_attention` does long ones)
+                        # CUDA `long_attention` does most long ones)
 THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
 LANES = 8
 SHARES = 4              # number of a shared buffer
@@ -32,7 +32,7 @@ def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
     that share keys. No lanes: they would want more memory than a block has."""
     size = SHORT if positions <= MANY else LONG
     lanes = fitting(max(LANES, THREADS // size), max(1, dim // 4))
-    while lanes and 4 * share * (dim + lanes * size + 2 * size) > tuning.SHARED:
+    while lanes and 4 * share * (dim + lanes * size + 2 * size) > tuning.SHARED_ANYWHERE:
         lanes //= 2
     each = 1
     while lanes and each * lanes < share:
@@ -40,12 +40,14 @@ def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
     return size, lanes, each
 
 
-def fits(heads: int, kv_heads: int, dim: int) -> bool:
-    """Whether `attend` can divide heads of that many dimensions among its threads."""
+def fits(heads: int, kv_heads: int, dim: int, positions: int) -> bool:
+    """Whether `attend` can divide heads of that many dimensions among its threads, and the parts of a cache of so many
+    positions have room in `summed`."""
     share = heads // kv_heads
-    cuts = [threads_of(share, dim, positions) for positions in (MANY, MANY + 1)]
-    return dim & dim - 1 == 0 and 4 <= dim <= 1024 and share * dim % 4 == 0 and all(
-        lanes and each <= size for size, lanes, each in cuts)
+    size, lanes, each = threads_of(share, dim, positions)
+    parts = parts_of(positions, min(size, max(1, long_attention.size_of(dim))), dim)
+    return (dim & dim - 1 == 0 and 4 <= dim <= 1024 and share * dim % 4 == 0 and 0 < lanes and each <= size
+            and 4 * (parts + 2 * (dim + 8)) <= tuning.SHARED_ANYWHERE)
 
 
 def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stride: int, position: Tensor,
@@ -107,8 +109,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     """As `attend_twin`; the gate of a head lies at gate + head * stride. In two kernels: parts, and their sum. Raises
     ValueError for heads that do not `fits`."""
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
-    if not fits(heads, kv_heads, dim):
-        raise ValueError(f"{heads} heads on {kv_heads} of {dim} dimensions cannot be divided among threads")
+    if not fits(heads, kv_heads, dim, positions):
+        raise ValueError(f"{heads} heads on {kv_heads} of {dim} numbers, {positions} positions: too much for threads")
     if long_attention.fits(q.device, heads, kv_heads, dim, positions):
         size, at_once = long_attention.size_of(dim), long_attention.AT_ONCE
         found = long_attention.parts(q, keys, values, position, parts_of(positions, size, at_once))

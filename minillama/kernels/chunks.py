@@ -17,7 +17,7 @@ from minillama.kernels.sums import added, counter
 CHUNK = 64          # tokens
 COLUMNS = 16        # of the memory, of a block (measured on an H200)
 TERMS, STEP = 4, 16 # of a sum that are read at once, in either kernel
-THREADS, SHARED = 1024, 32 * 1024       # of a block, at most; bytes that these share, at most (Metal's limit)
+THREADS = 1024      # of a block, at most
 REGISTERS = 1000    # a number that none of the optimizer's own sums has
 ROWS = 8            # of a chunk whose solution is kept in registers: all in one would take compilers long
 
@@ -26,7 +26,7 @@ def fits(device: str, tokens: int, dim: int) -> bool:
     """Whether these kernels can do that many tokens with memories of that size on a device."""
     divided = tokens % CHUNK == 0 and dim % CHUNK == 0 and CHUNK * CHUNK % (2 * dim) == 0     # among threads
     room = (dim + 2 * CHUNK) * COLUMNS * 4                                  # bytes that `carried` shares
-    return tuning.shares_memory(device) and divided and 2 * dim <= THREADS and room <= SHARED
+    return tuning.shares_memory(device) and divided and 2 * dim <= THREADS and room <= tuning.SHARED_ANYWHERE
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, chunk: int = CHUNK,

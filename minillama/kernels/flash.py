@@ -108,7 +108,7 @@ class Block:
 
     def scores(self, queries: UOp, keys: UOp, tile: UOp, first: UOp) -> list[list[UOp]]:
         """Of each of the thread's rows its four scores of a tile's positions, as exponents of 2. `first`: the position
-        of the block's first row. Sums start so far down where a row does not see a position that nothing counts."""
+        of the block's first row. Where a row does not see a position, its sum starts at NOWHERE."""
         (_, block, group), (lane, warp, _, share), steps = self.place, self.threads, self.dim // TERMS
         factor = self.dim ** -0.5 * LOG2E / (UP * UP)
         tokens = [first + row // self.share for row in self.rows]
@@ -140,7 +140,7 @@ class Block:
 
     def told(self, room: UOp, numbers: list[UOp], place: UOp, *before: UOp) -> list[list[UOp]]:
         """What all threads that share a row say of it, for each of this thread's rows; `place`: where, among the four
-        of a warp, this one says it. Behind it comes nothing that was to be `before`."""
+        of a warp, this one says it. `before`: loads to be issued before threads wait for each other."""
         warp = self.threads[1]
         stores = [room.index(row, warp * 4 + place).store(x) for row, x in zip(self.rows, numbers, strict=True)]
         room = room.after(UOp.barrier(*stores, *before))
@@ -179,7 +179,7 @@ class Block:
 def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, position: Tensor,
            cut: FlashTiling | None = None) -> Tensor:
     """Causal attention of tokens from `position` (1,) int32 on over a cache, times sigmoid(gate): (tokens, heads *
-    dim). Arguments and result as `attention.attend`; whatever lies behind the text in the cache."""
+    dim). Arguments and result as `attention.attend`; whatever lies behind the text in the cache counts for nothing."""
     (tokens, heads, dim), (positions, kv_heads, _), device = q.shape, keys.shape, q.device
     cut = cut or tiling(tokens, heads, kv_heads, dim, positions)
     if cut is None:

@@ -45,7 +45,7 @@ def size_of(dim: int) -> int:
 
 
 def halves_of(values: list[UOp], device: str) -> Halves:
-    """Values as halves: value = high + low / LOW."""
+    """Values as halves: value = high + low / LOW, up to 65,504 (larger ones are clamped)."""
     return tuple(map(list, zip(*(two_halves(value, LOW, device) for value in values), strict=True)))
 
 

@@ -29,7 +29,7 @@ class Spread:
 FEW = 16            # tokens up to which a weight is unpacked inside its product; a prompt shares one unpacked copy
 WRITTEN = 8         # turns of a loop over steps that lanes take at once, at most
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
-# CL (PoCL) and CPU: measured on a server's CPU of two cores (octets that share a scale, all in one step)
+# CL (PoCL) and CPU: measured on a server's CPU of two cores (in most formats four octets share a scale)
 SPREADS = {"CUDA": GPU, "METAL": GPU, "NV": GPU, "AMD": GPU, "CL": Spread(4, 1, 8, 1), "CPU": Spread(4, 1, 8, 1)}
 SHARING = ("CUDA", "METAL", "NV", "AMD")
 
@@ -127,6 +127,7 @@ GROUPS = 2              # of warps, where they add up several products (an H200:
                         # no difference)
 MOST_WARPS = 16         # of a block
 SHARED = 48 * 1024      # bytes that the threads of a block can share
+SHARED_ANYWHERE = 32 * 1024     # where Metal may be the device
 
 
 def lanes_per_value(values: int, lanes: int) -> int:
