@@ -67,6 +67,16 @@ def test_an_instruction_that_widens_halves_is_found_by_asking_the_compiler(arch,
 
 
 @pytest.mark.host
+def test_the_compiler_is_asked_even_where_a_graph_is_being_made():
+    from tinygrad import function
+
+    @function(precompile=True)
+    def asked(x: Tensor) -> Tensor:
+        return x + int(tuning.converts_halves.__wrapped__("CPU"))
+    assert asked(Tensor([1.0], device="CPU")).tolist() == [1.0 + tuning.converts_halves("CPU")]
+
+
+@pytest.mark.host
 def test_a_product_on_a_cpu_leaves_vectors_to_the_compiler():
     """Results are stored one by one; scales are halves where there is an instruction for them."""
     arrays = [Tensor.empty(*part.shape(64, 256), dtype=part.on("CPU"), device="CPU") for part in LAYOUTS["Q4_0"].parts]

@@ -225,9 +225,13 @@ def converts_halves(device: str) -> bool:
     """Whether products for a few tokens take the bits of halves for halves, on a CPU with an instruction that makes
     float32 numbers of them: any ARM, and x86 with F16C. Without it the compiler calls a function, slowly if tinygrad
     finds it at all. (Kernels for prompts move bits: some of them took three times as long with that instruction.)"""
-    if device.split(":")[0] != "CPU" or not isinstance(renderer := Device[device].renderer, ClangRenderer):
+    if device.split(":")[0] != "CPU":
         return False
-    made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
+    with Context(ALLOW_DEVICE_USAGE=1):         # also where a graph is being made, and nothing runs
+        renderer = Device[device].renderer
+        if not isinstance(renderer, ClangRenderer):
+            return False
+        made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
     return not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
 
 
