@@ -110,10 +110,15 @@ def state_bytes(config: ModelConfig, context: int) -> int:
     return FLOAT * (caches * cache + config.recurrent.count(True) * delta)
 
 
+def device_bytes(file: GGUF) -> int:
+    """Bytes of all weights on the device, packed."""
+    return sum(LAYOUTS[tensor.format.name].device_bytes(1, prod(tensor.shape)) for tensor in file.tensors.values())
+
+
 def memory_table(file: GGUF, config: ModelConfig, context: int | None) -> Table:
     """What the device must hold at a context, or at a few up to the model's longest."""
     lengths = [context] if context else sorted({min(length, config.context) for length in (*CONTEXTS, config.context)})
-    stored = sum(LAYOUTS[t.format.name].device_bytes(1, prod(t.shape)) for t in file.tensors.values())
+    stored = device_bytes(file)
     rows = ((length, *(in_units(amount, "B") for amount in (stored, state, stored + state)))
             for length in lengths for state in [state_bytes(config, length)])
     return table("Memory", "context", "weights", "state", "together", left=0, rows=rows)

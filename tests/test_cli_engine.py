@@ -13,10 +13,12 @@ from tiny_model import write_tiny_model
 
 from minillama import commands, describe
 from minillama.config import ModelConfig
+from minillama.engine import Engine
 from minillama.gguf import GGUF
+from minillama.shapes import weight_bytes
 from minillama.tokenizer import Tokenizer
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE, DATA = Path(__file__).parent / "reference", Path(__file__).parent.parent / "data"
 MODEL = REFERENCE / "ref-a-F32.gguf"
 GOLDEN = np.load(REFERENCE / "ref-a.npz")
 ROOM = 96       # tokens of context of the engine that the tests share
@@ -55,6 +57,16 @@ def test_the_memory_shown_for_the_state_is_what_the_engine_allocates():
         shown, used = describe.state_bytes(config, context), State.zeros(
             config, context + max(BATCHES), slots=SLOTS).nbytes()
         assert shown == used, f"context {context}: {shown} shown, {used} used"
+
+
+@pytest.mark.parametrize("format", ("Q8_0", "Q4_K_M"))
+def test_the_memory_shown_for_weights_is_what_the_engine_allocates(format):
+    path = DATA / f"minillama-coder-{format}.gguf"
+    if not path.exists():
+        pytest.skip("made by `make data`")
+    file = GGUF(path)
+    shown, used = describe.device_bytes(file), weight_bytes(Engine.load(path, context=64).weights)
+    assert shown == used <= 1.03 * sum(tensor.nbytes for tensor in file.tensors.values())
 
 
 def prompt(name: str) -> str:
