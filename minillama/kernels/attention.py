@@ -18,9 +18,9 @@ from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import fitting
 
 program_cache.install()     # which counts loops of unknown length
-SHORT, LONG = 16, 64    # positions of a part, in a cache of up to MANY positions and in a longer one, where what parts
-MANY = 8192             # write and what is read again to sum it up counts for more than waiting (not measured: on
-                        # CUDA `long_attention` does most long ones)
+PART, LARGE_PART = 16, 64       # positions of a part, in a cache of up to MANY positions and in a longer one, where
+MANY = 8192             # what parts write and what is read again to sum it up counts for more than waiting (not
+                        # measured: on CUDA `long_attention` does most long ones)
 THREADS = 256           # of a block, and at least LANES that share a position, four neighbouring dimensions at a time
 LANES = 8
 SHARES = 4              # number of a shared buffer
@@ -30,7 +30,7 @@ AT_ONCE = 16            # parts that are summed up at once
 def threads_of(share: int, dim: int, positions: int) -> tuple[int, int, int]:
     """Positions of a part, the lanes that share one, and how many scores each thread finds, for so many query heads
     that share keys. No lanes: they would want more memory than a block has."""
-    size = SHORT if positions <= MANY else LONG
+    size = PART if positions <= MANY else LARGE_PART
     lanes = fitting(max(LANES, THREADS // size), max(1, dim // 4))
     while lanes and 4 * share * (dim + lanes * size + 2 * size) > tuning.SHARED_ANYWHERE:
         lanes //= 2

@@ -40,7 +40,7 @@ from minillama.kernels.product import Column, number, result
 from minillama.kernels.softmax import NOWHERE, largest
 from minillama.kernels.staging import neighbours
 
-TOP = 15            # weights go in 2^15 times as large: the largest half is 65,504
+RAISED = 15         # weights go in 2^15 times as large: the largest half is 65,504
 LOG2E = 1.4426950408889634
 WEIGHTS, SUMS, TOTALS = 40, 41, 1002    # numbers of buffers
 
@@ -189,7 +189,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
     found = [result(tokens, heads, cut.parts, *more, like=q) for more in ((dim,), (), ())]
     found = found[0].custom_kernel(*found[1:], queries(q, kv_heads), k, v, position, fxn=lambda *buffers: part_kernel(
         work, positions, most, *buffers))[:3]
-    return summed(found, gate, stride)
+    return put_together(found, gate, stride)
 
 
 def part_kernel(work: Block, positions: int, most: int, out: UOp, best: UOp, total: UOp, queries: UOp, keys: UOp,
@@ -213,7 +213,7 @@ def part_kernel(work: Block, positions: int, most: int, out: UOp, best: UOp, tot
     highs = [largest([before, *row], work.device) for before, row in zip(old[count:], work.told(
         room, [largest(row, work.device) for row in scores], share, *sum(soon, [])), strict=False)]
     fade = [(before - high).exp2() for before, high in zip(old[count:], highs, strict=False)]
-    weights = [[(score - (high - TOP)).exp2() for score in row] for high, row in zip(highs, scores, strict=True)]
+    weights = [[(score - (high - RAISED)).exp2() for score in row] for high, row in zip(highs, scores, strict=True)]
     shared = work.shared_weights(weights)
     sums = [[UOp.stack(*(old[(m * work.columns + c) * 4 + e] * fade[2 * m + e // 2] for e in range(4)))
              for c in range(work.columns)] for m in range(work.tiles)]
@@ -235,7 +235,7 @@ def part_kernel(work: Block, positions: int, most: int, out: UOp, best: UOp, tot
     return ended(name, stores, *work.place, *work.threads[:2])
 
 
-def summed(found: list[Tensor], gate: Column, stride: int) -> Tensor:
+def put_together(found: list[Tensor], gate: Column, stride: int) -> Tensor:
     """The parts of `part_kernel` put together and gated: (tokens, heads * dim)."""
     tokens, heads, parts, dim = found[0].shape
 

@@ -59,7 +59,7 @@ def rows_of(first: list[UOp], second: list[UOp]) -> list[UOp]:
     return [*first[:2], *second[:2], *first[2:], *second[2:]]
 
 
-def multiplied(rows: Halves, columns: Halves, totals: tuple[UOp, UOp]) -> tuple[UOp, UOp]:
+def three_products(rows: Halves, columns: Halves, totals: tuple[UOp, UOp]) -> tuple[UOp, UOp]:
     """Totals and the products of halves: those of high ones, and those that are LOW times too large."""
     def added(a: list[UOp], b: list[UOp], total: UOp) -> UOp:
         return UOp.wmma(UOp.stack(*a), UOp.stack(*b), total, (COLUMNS, ROWS, TERMS), "CUDA", WARP)
@@ -111,7 +111,7 @@ def parts(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, count: int)
         for n, keys_of in enumerate(rows):
             place = start + n * TERMS
             columns = tuple([room.index(line, place + k).load() for k in range(FOUR)] for room in queries)
-            totals = multiplied(halves_of(keys_of, device), columns, totals)
+            totals = three_products(halves_of(keys_of, device), columns, totals)
         shared = shared_memory(SCORES, SIDES, COLUMNS, size + APART)
         stores = [shared.index(warp & (SIDES - 1), (lane & (LANES - 1)) * 2 + e % 2, tile + e // 2 * 8).store(score)
                   for e, score in enumerate(together(totals))]
@@ -144,7 +144,7 @@ def parts(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, count: int)
             columns = tuple([room.index(line, n * ROWS + four + k).load() for k in range(FOUR)] for room in rooms)
             for pair in range(2):
                 dims = rows_of(*([v[pair * 2 + k] for v in some] for k in range(2)))
-                found[pair] = multiplied(halves_of(dims, device), columns, found[pair])
+                found[pair] = three_products(halves_of(dims, device), columns, found[pair])
         stores = [best.index(token, head(row), part).store(high + weight_of(row).log())]
         for side in range(2):
             column = (lane & (LANES - 1)) * 2 + side
