@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 
+MORE = {"Q4_K": 4, "Q5_K": 4}  # bytes that a block takes more on the device (`kernels/layouts.py`)
 VALUES_AT_ONCE = 1 << 18  # unpacked or packed in one go: the intermediate arrays stay in the cache
 
 
@@ -26,6 +27,10 @@ class Format:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of that shape; its rows must be multiples of `block`."""
         return prod(shape) // self.block * self.size
+
+    def device_bytes(self, shape: tuple[int, ...]) -> int:
+        """The same on the device, packed."""
+        return prod(shape) // self.block * (self.size + MORE.get(self.name, 0))
 
 
 FORMATS = {

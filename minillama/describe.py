@@ -9,7 +9,6 @@ from rich.text import Text
 
 from minillama.config import ModelConfig
 from minillama.gguf import GGUF
-from minillama.kernels.layouts import LAYOUTS
 from minillama.units import in_units
 
 LONGEST = 120       # characters of a metadata value that are shown
@@ -112,7 +111,7 @@ def state_bytes(config: ModelConfig, context: int) -> int:
 
 def device_bytes(file: GGUF) -> int:
     """Bytes of all weights on the device, packed."""
-    return sum(LAYOUTS[tensor.format.name].device_bytes(1, prod(tensor.shape)) for tensor in file.tensors.values())
+    return sum(tensor.format.device_bytes(tensor.shape) for tensor in file.tensors.values())
 
 
 def memory_table(file: GGUF, config: ModelConfig, context: int | None) -> Table:

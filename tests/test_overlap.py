@@ -83,8 +83,9 @@ def test_blocks_that_can_have_registers_in_plenty_are_promised_them():
 
 
 def test_of_many_reads_that_look_something_up_only_that_comes_early():
-    """The sum over experts: over ten it reads weights early, over sixteen of Q6_K too many."""
-    for format, used, reads_early in (("Q4_0", 10, True), ("Q6_K", 10, True), ("Q6_K", 16, False)):
+    """The sum over experts: over ten, in two groups, it reads weights early; fifteen of Q6_K are in one, and too many.
+    """
+    for format, used, reads_early in (("Q4_0", 10, True), ("Q6_K", 10, True), ("Q6_K", 15, False)):
         down = unfilled(format, 16, 512, 512)
         source = sources(product.mixed(empty(1, used, 512), down, empty(1, used, dtype=dtypes.int32)))[0]
         first, rest = parts_of(overlap.waiting(source, frozenset({1}), frozenset(range(3, 3 + len(down.arrays)))))

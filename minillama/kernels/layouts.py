@@ -18,7 +18,6 @@ import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
 
 from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
@@ -199,10 +198,6 @@ class Layout:
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix in the file."""
         return rows * columns // self.block * self.size
-
-    def device_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of its arrays."""
-        return sum(prod(part.shape(rows, columns)) * part.dtype.itemsize for part in self.parts)
 
 
 def _fours(words: UOp, row: UOp, i: UOp) -> list[list[Field]]:
