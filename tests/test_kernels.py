@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from arrays import TOLERANCE, from_raw, integers, numbers, off, packed, tensor, threads_share
 from tinygrad import Tensor, dtypes
+from tinygrad.device import CompileError
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler
 
 from minillama.blocks import FORMATS, unpack
-from minillama.kernels import groups, norm, product, ring, router, tensor_cores, tuning
+from minillama.kernels import bits, groups, norm, product, ring, router, sums, tensor_cores, tuning
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.packed import Packed, rows_of, unpacked
 from minillama.kernels.rendering import sources
@@ -50,7 +51,7 @@ def test_scales_that_are_zero_subnormal_or_largest_are_widened_rightly(format, s
     assert off(unpacked(weight), want) < 1e-6
     x = tensor(1, 256)
     assert off(product.linear(x, weight), x.numpy() @ want.T) < TOLERANCE
-    monkeypatch.setattr(tuning, "converts_halves", lambda device: False)
+    monkeypatch.setattr(sums, "converts_halves", lambda device: False)
     assert off(product.linear(x, weight), x.numpy() @ want.T) < TOLERANCE
 
 
@@ -61,9 +62,14 @@ def test_an_instruction_that_widens_halves_is_found_by_asking_the_compiler(arch,
     """ivybridge was the first x86 of Intel's with F16C."""
     renderer = object.__new__(ClangRenderer)
     renderer.compiler = ClangCompiler(arch.split(","))
-    monkeypatch.setattr(tuning, "Device", {"CPU": SimpleNamespace(renderer=renderer)})
-    assert tuning.converts_halves.__wrapped__("CPU") == known
-    assert not tuning.converts_halves.__wrapped__("CL")
+    monkeypatch.setattr(bits, "Device", {"CPU": SimpleNamespace(renderer=renderer)})
+    assert bits.converts_halves.__wrapped__("CPU") == known
+    assert not bits.converts_halves.__wrapped__("CL")
+
+    def refuse(source: str) -> bytes:
+        raise CompileError("__fp16 is not supported on this target")
+    monkeypatch.setattr(renderer.compiler, "compile_cached", refuse)
+    assert not bits.converts_halves.__wrapped__("CPU")
 
 
 @pytest.mark.host
@@ -72,8 +78,8 @@ def test_the_compiler_is_asked_even_where_a_graph_is_being_made():
 
     @function(precompile=True)
     def asked(x: Tensor) -> Tensor:
-        return x + int(tuning.converts_halves.__wrapped__("CPU"))
-    assert asked(Tensor([1.0], device="CPU")).tolist() == [1.0 + tuning.converts_halves("CPU")]
+        return x + int(bits.converts_halves.__wrapped__("CPU"))
+    assert asked(Tensor([1.0], device="CPU")).tolist() == [1.0 + bits.converts_halves("CPU")]
 
 
 @pytest.mark.host
@@ -83,7 +89,7 @@ def test_a_product_on_a_cpu_leaves_vectors_to_the_compiler():
     x = Tensor.empty(1, 256, device="CPU")
     source, = sources(product.linear(x, Packed("Q4_0", (64, 256), tuple(arrays))))
     assert "*)((data0" not in source
-    assert ("__fp16" in source) == tuning.converts_halves("CPU")
+    assert ("__fp16" in source) == bits.converts_halves("CPU")
 
 
 def test_bytes_that_do_not_fill_the_shape_are_refused():

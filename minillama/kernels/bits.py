@@ -3,8 +3,11 @@
 What works on a UOp in a kernel works on whole tensors, too, where both know the same operators.
 """
 from dataclasses import dataclass
+from functools import cache
 
-from tinygrad import Tensor, dtypes
+from tinygrad import Context, Device, Tensor, dtypes
+from tinygrad.device import CompileError
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import Ops, UOp
 
 from minillama.kernels import tuning
@@ -78,6 +81,24 @@ def two_halves(x: UOp, low: float, device: str) -> tuple[UOp, UOp]:
     x = x.maximum(-LARGEST).minimum(LARGEST)
     first = x.cast(HALF)
     return first, ((x - half_to_float(first.bitcast(BITS).cast(WORD))) * low).cast(HALF)
+
+
+@cache
+def converts_halves(device: str) -> bool:
+    """Whether products for a few tokens take the bits of halves for halves, on a CPU with an instruction that makes
+    float32 numbers of them: any ARM, and x86 with F16C. Without it the compiler calls a function, slowly if tinygrad
+    finds it at all. (Kernels for prompts move bits: some of them took three times as long with that instruction.)"""
+    if device.split(":")[0] != "CPU":
+        return False
+    with Context(ALLOW_DEVICE_USAGE=1):         # also where a graph is being made, and nothing runs
+        renderer = Device[device].renderer
+        if not isinstance(renderer, ClangRenderer):
+            return False
+        try:
+            made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
+        except CompileError:                    # a compiler that knows no halves
+            return False
+    return not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
 
 
 @dataclass(frozen=True)

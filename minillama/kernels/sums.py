@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
 from minillama.kernels import tuning
-from minillama.kernels.bits import BITS, HALF, AsHalves, apart
+from minillama.kernels.bits import BITS, HALF, AsHalves, apart, converts_halves
 from minillama.kernels.block import const, shared_memory
 from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.tuning import Tiling, unrolled
@@ -69,7 +69,7 @@ class Factor:
     def part(self, step: int, device: str) -> Part:
         """The share of `step` octets. (Quants are multiplied in place where a device can do that, and bits of halves
         read as halves.)"""
-        in_place, converts = tuning.multiplies_subnormals(device), tuning.converts_halves(device)
+        in_place, converts = tuning.multiplies_subnormals(device), converts_halves(device)
         arrays = tuple(AsHalves(array) if converts and part.dtype is HALF and array.dtype is BITS else array
                        for array, part in zip(self.arrays, self.layout.parts, strict=True))
         return lambda row, token, first, term: dot(

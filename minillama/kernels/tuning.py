@@ -13,7 +13,6 @@ from functools import cache
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import Context
-from tinygrad.renderer.cstyle import ClangRenderer
 
 
 @dataclass(frozen=True)
@@ -216,23 +215,8 @@ def shares_memory(device: str) -> bool:
 
 def widens_halves(device: str) -> bool:
     """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). Not
-    every CPU does (`converts_halves`), nor does PoCL."""
+    every CPU does (`bits.converts_halves`), nor does PoCL."""
     return backend(device) == "CUDA"
-
-
-@cache
-def converts_halves(device: str) -> bool:
-    """Whether products for a few tokens take the bits of halves for halves, on a CPU with an instruction that makes
-    float32 numbers of them: any ARM, and x86 with F16C. Without it the compiler calls a function, slowly if tinygrad
-    finds it at all. (Kernels for prompts move bits: some of them took three times as long with that instruction.)"""
-    if device.split(":")[0] != "CPU":
-        return False
-    with Context(ALLOW_DEVICE_USAGE=1):         # also where a graph is being made, and nothing runs
-        renderer = Device[device].renderer
-        if not isinstance(renderer, ClangRenderer):
-            return False
-        made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
-    return not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
 
 
 def multiplies_subnormals(device: str) -> bool:
