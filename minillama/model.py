@@ -93,8 +93,8 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
     window, history = ring.read(part.history, at.position, -width, width)
     memory, memories = ring.read(part.memories, at.position, 0, 1)
     out, past, memory = module.delta_net(x, w.mixer, config, form, window, memory[0], mask)
-    return after(residual + out, ring.write(history, past[count:count + width], at.end - width),
-                 ring.write(memories, memory.unsqueeze(0), at.end))
+    return after(residual + out, ring.write(history, past[count:count + width], at.end, -width),
+                 ring.write(memories, memory.unsqueeze(0), at.end, 0))
 
 
 def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,
@@ -128,13 +128,19 @@ def stack(ids: Tensor, w: ModelWeights, config: ModelConfig, recipe: Recipe, sta
     """Hidden states after the last layer, (tokens, hidden), of ids (tokens,) that stand at a place.
 
     Padding at the end leaves no trace in the state. `table`: the rotary angles of every position, (positions, 2,
-    rope_dim // 2). `trace` collects the input of each layer.
+    rope_dim // 2). `trace` collects the input of each layer. Where a batch's layers are no functions they are
+    scheduled one by one: the time that scheduling takes grows faster than the graph.
     """
     x = lookup(w.embed, ids)                                                # (tokens, hidden)
+    by_layer = recipe.weights == "packed" and tuning.shares_memory(x.device) and at.tokens > 1
+    if by_layer:
+        Tensor.realize(at.position, at.end)
     for layer, part in zip(w.layers, state.layers, strict=True):
         if trace is not None:
             trace.append(x)
         x = run_layer(x, layer, config, recipe, part, table, at)
+        if by_layer:
+            x.realize()
     return x
 
 

@@ -28,14 +28,14 @@ def read(ring: Tensor, position: Tensor, offset: int, count: int) -> tuple[Tenso
     return out, after
 
 
-def write(ring: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """The ring with `rows` (count, ...) at positions `position` (1,) int32 and on, written in place."""
+def write(ring: Tensor, rows: Tensor, position: Tensor, offset: int) -> Tensor:
+    """The ring with `rows` (count, ...) at position + offset and on, written in place; arguments as `read`."""
     slots, size, count = ring.shape[0], prod(ring.shape[1:]), rows.shape[0]
 
     def kernel(ring: UOp, rows: UOp, position: UOp) -> UOp:
         place = UOp.range(size, 0)
         ring, rows = ring.reshape(slots, size), rows.reshape(count, size)
-        stores = [ring.index(slot_of(position, r, slots), place).store(rows.index(const(r), place).load())
+        stores = [ring.index(slot_of(position, offset + r, slots), place).store(rows.index(const(r), place).load())
                   for r in range(count)]
         return UOp.group(*stores).end(place).sink(arg=KernelInfo(f"ring_write_{count}_{size}"))
     return ring.custom_kernel(rows, position, fxn=kernel)[0]
