@@ -9,7 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -24,12 +24,39 @@ from minillama.measure import Clocks, Counts, calls_of, synchronize, time_call
 from minillama.quantize import file_format
 from minillama.recipe import Recipe
 from minillama.results import ClockTimes, Model, Result, Row, read_result, write_result
+from minillama.shapes import check_format, random_weights, shape_config
 
 TEXT = "def fibonacci(n):\n"         # drafts are made for a real text: of a random one, few are kept
 SHORT, LONG = 8, 64                 # tokens of a prompt: for the recurrence, and for the chunks
 FEW = 2                             # samples of a recipe that builds its graph every time
 GRID = ("pp1", "pp8", "pp512", "pp2048", "tg32")        # the tests that #19375 published
+CONTEXT = 2048
 SHIPPED = Path(__file__).parent.parent / "data" / "minillama-coder-Q8_0.gguf"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a file, or random weights in a real model's shapes (all layers, or so many)."""
+    file: str = ""
+    shape: str = ""
+    format: str = "Q4_0"
+    layers: int | None = None
+
+    def model(self) -> Model:
+        if self.file:
+            file = GGUF(self.file)
+            config = ModelConfig.from_gguf(file)
+            return Model(config.name, file_format(file), config.layers)
+        layers, whole = (shape_config(self.shape, count).layers for count in (self.layers, None))
+        name = self.shape if layers == whole else f"{self.shape} {layers} of {whole} layers"
+        return Model(name, check_format(self.format, packed=True), layers)
+
+    def engine(self, recipe: Recipe) -> Engine:
+        if self.file:
+            return Engine.load(self.file, recipe, context=CONTEXT)
+        config = shape_config(self.shape, self.layers, recipe.draft > 0)
+        fused, packed = recipe.projections == "fused", recipe.weights == "packed"
+        return Engine(random_weights(config, self.format, fused, packed), config, recipe, context=CONTEXT)
 
 
 def measure_test(engine: Engine, name: str, test: str, repeats: int) -> Row:
@@ -112,9 +139,9 @@ def recipes(kind: str) -> dict[str, Recipe]:
     return {rung.name: rung.recipe for rung in LADDER} | {"naive, captured": replace(NAIVE, capture="jit")}
 
 
-def in_own_process(file: str, name: str, recipe: Recipe, repeats: int, grid: bool) -> list[Row]:
+def in_own_process(subject: Subject, name: str, recipe: Recipe, repeats: int, grid: bool) -> list[Row]:
     """The rows of one recipe, measured in a fresh process."""
-    made = json.dumps({"file": file, "name": name, "recipe": recipe.names(), "repeats": repeats,
+    made = json.dumps({"subject": asdict(subject), "name": name, "recipe": recipe.names(), "repeats": repeats,
                        "tests": tests_of(recipe, grid)})
     done = subprocess.run([sys.executable, "-m", "minillama.climb", made], capture_output=True, text=True)
     if done.returncode:
@@ -123,17 +150,15 @@ def in_own_process(file: str, name: str, recipe: Recipe, repeats: int, grid: boo
     return [Row(**row | {"clocks": ClockTimes(**row["clocks"]), "counts": Counts(**row["counts"])}) for row in rows]
 
 
-def climb(file: str, kind: str, repeats: int, report: Callable[[str], None]) -> Iterator[Result]:
+def climb(subject: Subject, kind: str, repeats: int, report: Callable[[str], None]) -> Iterator[Result]:
     """Measure all recipes there and back. Yields what one pass has found, in case the other does not come to its end,
     and then both together: their samples, clocks and counts of the second."""
     found: dict[str, Row] = {}
-    order, opened = list(recipes(kind).items()), GGUF(file)
-    config = ModelConfig.from_gguf(opened)
-    model = Model(config.name, file_format(opened), config.layers)
+    order, model = list(recipes(kind).items()), subject.model()
     for turn in (order, order[::-1]):
         for name, recipe in turn:
             report(name)
-            for row in in_own_process(file, name, recipe, repeats, kind == "copies"):
+            for row in in_own_process(subject, name, recipe, repeats, kind == "copies"):
                 before = found[row.name].samples_ns if row.name in found else []
                 found[row.name] = replace(row, samples_ns=before + row.samples_ns)
         yield Result.here(kind, model, list(found.values()))
@@ -155,8 +180,13 @@ def table(result: Result) -> str:
 
 def ladder(args: Namespace) -> None:
     """The command `ladder`."""
-    for result in climb(args.model or str(SHIPPED), args.kind, args.repeats,
-                        lambda name: print(name, file=sys.stderr, flush=True)):
+    if args.shape and args.kind != "copies":
+        raise ValueError("--shape goes with --copies: the other recipes do not keep weights packed, or draft")
+    if (args.layers or args.format) and not args.shape:
+        raise ValueError("--layers and --format go with --shape; a file has its own")
+    subject = (Subject(shape=args.shape, format=args.format or "Q4_0", layers=args.layers) if args.shape else
+               Subject(args.model or str(SHIPPED)))
+    for result in climb(subject, args.kind, args.repeats, lambda name: print(name, file=sys.stderr, flush=True)):
         path = write_result(result, local=not args.store)
     if args.output:
         Path(args.output).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
@@ -167,7 +197,7 @@ def ladder(args: Namespace) -> None:
 def main(made: str) -> None:
     """One recipe, for `in_own_process`: rows as JSON on the last line of stdout."""
     asked = json.loads(made)
-    engine = Engine.load(asked["file"], Recipe(**asked["recipe"]), context=2048)
+    engine = Subject(**asked["subject"]).engine(Recipe(**asked["recipe"]))
     measure = measure_drafts if engine.drafter else measure_test
     rows = [measure(engine, asked["name"], test, asked["repeats"]) for test in asked["tests"]]
     print(json.dumps([asdict(row) for row in rows]))

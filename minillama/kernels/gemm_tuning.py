@@ -32,7 +32,8 @@ class GemmTiling:
 
 def tilings(tokens: int, rows: int, matrices: int = 1) -> Iterator[GemmTiling]:
     """Tilings for so many tokens and rows of each matrix, the fastest first, for a kernel to take the first that
-    shared memory has room for. (Measured on an H200 with Q4_0; other formats take the same, untried.)"""
+    shared memory has room for. (Measured on an H200 with Q4_0, Q8_0 and Q4_K; other formats take the same, untried.)
+    """
     if tokens % 64 == 0 and matrices == 1 and -(-rows // 128) * (tokens // 64) >= 128:
         yield GemmTiling(4, 4, 2, 2, 2)
         yield GemmTiling(2, 4, 2, 2, 2)
@@ -40,6 +41,8 @@ def tilings(tokens: int, rows: int, matrices: int = 1) -> Iterator[GemmTiling]:
     for each in (4, 2, 1) if columns < 4 and matrices == 1 else (2, 1):
         if rows % (64 * each) == 0:
             yield GemmTiling(each, columns, 4, 1, 2)
+        if each == 4 and rows % 128 == 0:
+            yield GemmTiling(4, columns, 2, 1, 2)
     yield GemmTiling(1, columns, 4, 1, 2)
     yield GemmTiling(1, fitting(2, columns), 2, 1 + (tokens % 32 == 0), 2)
 
