@@ -25,7 +25,9 @@ PUBLISHED = {
                  "pp2048": (1049.91, 1352.31), "tg32": (38.02, 50.39)},
     "DGX Spark": {"pp512": (1055.58, 1161.67), "pp2048": (1059.00, 1324.66), "tg32": (43.11, 59.58)}}
 # colour and marker
-MACHINES = ((BLACK, "*"), (PURPLE, "P"), (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "D"), (BLACK, "X"))
+SHIPPED = "minillama-coder"
+MACHINES = ((BLACK, "*"), (PURPLE, "P"), (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (SKY, "v"), (RED, "D"),
+            (BLACK, "X"))
 
 
 # ---- a graph ------------------------------------------------------------------------------------------------------
@@ -151,14 +153,16 @@ def crossing(sizes: Sequence[int], lines: Mapping[str, Sequence[float]], title: 
 
 
 def stored_gains(results: Sequence[Result]) -> dict[str, dict[str, float]]:
-    """Of stored runs of the copies ablation: how many times faster without, by machine and test.
+    """Of stored runs of the copies ablation: how many times faster without, by machine (and model, where it is not the
+    shipped one) and test.
 
     Of a machine's formats the first counts: Q4_0, as published, where it was run.
     """
     found = {}
     for result in results:
         took = {row.name: float(np.median(row.samples_ns)) for row in result.rows}
-        found.setdefault(f"minillama, {result.device.name} ({result.device.backend})", {
+        model = "" if result.model.name == SHIPPED else f", {result.model.name}"
+        found.setdefault(f"minillama, {result.device.name} ({result.device.backend}){model}", {
             name.split()[1]: took[name.replace("none", "everywhere")] / time
             for name, time in took.items() if name.startswith("none ")})
     return found
@@ -171,7 +175,7 @@ def gains(by_machine: Mapping[str, Mapping[str, float]], tests: Sequence[str], t
     for (name, gain), (colour, marker) in zip(by_machine.items(), cycle(MACHINES), strict=False):
         rows = [row for row, test in enumerate(tests) if test in gain]
         axes.plot([gain[tests[row]] for row in rows], rows, marker, color=colour, markersize=8, label=name,
-                  markerfacecolor="none" if marker in "os^D" else colour)
+                  markerfacecolor="none" if marker in "os^vD" else colour)
     axes.set(yticks=range(len(tests)), yticklabels=tests, xlabel="times as fast without the copies",
              ylim=(len(tests) - 0.6, -0.4))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
