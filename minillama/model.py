@@ -69,21 +69,13 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
         few: bool = False) -> Tensor:
     """residual + a layer's mixer on normed x (tokens, hidden), reading and writing that layer's state. `table`: the
     rotary angles of all positions. `few`: hand-written kernels may take over."""
-    everywhere, packed = recipe.copies == "everywhere", recipe.weights == "packed"
-    step = isinstance(part, KVCache) and (
-        few and (attention.can_step(config, part) or not everywhere)
-        or packed and not everywhere and attention.can_flash(at.tokens, config, part))
-    if step:
-        return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
     if isinstance(part, KVCache):
-        module = first_port if everywhere else attention
-        return module.attention(normed(x), w.mixer, config, at.rows(table), at.start, part, residual)
+        return mix_attention(x, w, config, recipe, part, table, at, residual, few)
     tokens = at.tokens
     if isinstance(part, DeltaRings) and tokens < part.memories.shape[0] and at.valid is None:
         return delta_net.delta_net_step(x, w.mixer, config, part.history, part.memories, at.position, residual)
-    x = normed(x)
-    count = tokens if at.valid is None else at.valid
-    mask, module, form = at.mask(), first_port if everywhere else delta_net, recipe.form("delta")
+    x, count, mask = normed(x), tokens if at.valid is None else at.valid, at.mask()
+    module, form = first_port if recipe.copies == "everywhere" else delta_net, recipe.form("delta")
     if isinstance(part, DeltaState):
         out, past, memory = module.delta_net(x, w.mixer, config, form, part.window, part.memory, mask)
         window = past[count:count + part.window.shape[0]]                   # the last inputs that were no padding
@@ -95,6 +87,21 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
     out, past, memory = module.delta_net(x, w.mixer, config, form, window, memory[0], mask)
     return after(residual + out, ring.write(history, past[count:count + width], at.end, -width),
                  ring.write(memories, memory.unsqueeze(0), at.end, 0))
+
+
+def mix_attention(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe, part: KVCache,
+                  table: Tensor, at: Place, residual: Tensor, few: bool) -> Tensor:
+    """`mix` of an attention layer: by kernels where they fit, else in the first port's tensor code or its own."""
+    everywhere = recipe.copies == "everywhere"
+    if few:         # a token's kernels have no copies to leave out
+        by_hand = not everywhere or attention.can_step(config, part)
+    else:
+        by_hand = (recipe.weights == "packed" and not everywhere
+                   and attention.can_flash(at.tokens, config, part))
+    if by_hand:
+        return attention.attention_step(x, w.mixer, config, table, part, at.position, residual, at.start)
+    module = first_port if everywhere else attention
+    return module.attention(normed(x), w.mixer, config, at.rows(table), at.start, part, residual)
 
 
 def run_layer(x: Tensor, w: LayerWeights, config: ModelConfig, recipe: Recipe,

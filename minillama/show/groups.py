@@ -141,3 +141,27 @@ def stages(count: int = 5) -> Figure:
     axes.axis("off")
     figure.legend(loc="outside lower left", ncols=2, fontsize=8)
     return figure
+
+
+def register_block(tokens: int = 4, rows: int = 12, columns: int = 9, at: int = 3) -> Figure:
+    """A product as a core does it: x at the left, a panel of weights above, a block of sums between them. Coloured is
+    what one turn of the loop over columns touches."""
+    figure, axes = canvas(f"One turn: {tokens} + {rows} loads, {tokens} × {rows} products", 6.4, 4.4)
+    gap = 0.8
+    for left, top, wide, high, colour, hit in (
+            (0, columns + gap, columns, tokens, ORANGE, lambda row, column: column == at),
+            (columns + gap, 0, rows, columns, BLUE, lambda row, column: row == at),
+            (columns + gap, columns + gap, rows, tokens, GREEN, lambda row, column: True)):
+        for row in range(high):
+            for column in range(wide):
+                axes.add_patch(Rectangle((left + column + 0.06, top + row + 0.06), 0.88, 0.88, edgecolor="#BBBBBB",
+                                         linewidth=0.6, facecolor=colour if hit(row, column) else "white", alpha=0.6))
+    for x, y, text in ((columns / 2, columns + gap + tokens + 0.5, "x: tokens × columns"),
+                       (columns + gap + rows / 2, -0.5, "the panel: columns × rows of weights, unpacked"),
+                       (columns + gap + rows / 2, columns + gap + tokens + 0.5, "sums, in registers")):
+        axes.text(x, y, text, ha="center", va="center", fontsize=9)
+    axes.text(at + 0.5, columns + 0.25, "column k", ha="center", va="center", fontsize=8)
+    axes.text(columns + 0.5, at + 0.5, "k", ha="center", va="center", fontsize=8)
+    axes.set(xlim=(-0.5, columns + gap + rows + 0.5), ylim=(columns + gap + tokens + 1.2, -1.2), aspect="equal")
+    axes.axis("off")
+    return figure
