@@ -6,7 +6,7 @@ Everything here works on the last dimension alone, whatever stands before it: (t
 import numpy as np
 from tinygrad import Tensor, dtypes
 
-from minillama.kernels import gemm, halves, product, tensor_cores, tuning
+from minillama.kernels import gemm, halves, panels, product, tensor_cores, tuning
 from minillama.kernels.packed import Packed, rows_of, unpacked
 from minillama.kernels.product import Column, Normed
 from minillama.kernels.tuning import FEW
@@ -49,6 +49,8 @@ def packed_linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = 
     more = None if residual is None else residual.reshape(-1, weight.rows)
     if x.shape[0] <= FEW:
         return product.linear(x, weight, more).reshape(shape)
+    if tuning.uses_panels(x.device):
+        return panels.linear(x, weight, more).reshape(shape)
     if tuning.uses_mma(x.device) and x.shape[0] % 8 == 0 and halves.fits(weight):
         return gemm.linear(halves.halves(x, weight.layout), weight, more).reshape(shape)
     # a unit takes the rows of eight tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
-from minillama.kernels import gemm_experts, halves, tensor_cores, tuning
+from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
@@ -20,11 +20,13 @@ from minillama.kernels.sums import added, counter, dot
 class Groups:
     """Where assignments lie once they are sorted. `rows` (tiles * tile,) int32 is the assignment in each place, -1 in
     padding; `experts` (tiles,) int32 that of each tile, -1 if nobody fills it; `places` (tokens, used) int32 where
-    each assignment went."""
+    each assignment went; `firsts`, `ends` (experts,) int32 each expert's first tile and the one behind its last."""
     tile: int
     rows: Tensor
     experts: Tensor
     places: Tensor
+    firsts: Tensor
+    ends: Tensor
 
 
 def tiles_for(assignments: int, experts: int, tile: int) -> int:
@@ -60,7 +62,7 @@ def group(ids: Tensor, experts: int) -> Groups:
     places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
-    return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used))
+    return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used), firsts, ends)
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, share: Tensor) -> Tensor:
@@ -73,6 +75,9 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, s
     if all(tuning.multiplies_halves(x.device, weight.shape[1]) and tensor_cores.fits(weight)
            for weight in (gate, up, down)):
         return summed(in_halves(x, gate, up, down, groups, share), groups)
+    if tuning.uses_panels(x.device):
+        blocks = panel_experts.Blocks(groups.tile, groups.rows, groups.firsts, groups.ends)
+        return summed(panel_experts.mixed(panel_experts.gated(x, gate, up, share, blocks), down, blocks), groups)
     return summed(mixed(gated(x, gate, up, groups, share), down, groups), groups)
 
 

@@ -1,0 +1,88 @@
+"""A prompt's experts on a CPU, by panels (`panels.py`): both halves of their networks, each in one kernel.
+
+A panel serves all tokens of an expert: a kernel goes through the experts, through each one's panels, and through as
+many blocks of tokens as the expert has.
+"""
+from dataclasses import dataclass
+
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import UOp
+
+from minillama.kernels.block import const
+from minillama.kernels.packed import Packed
+from minillama.kernels.panels import Panels, kernel
+from minillama.kernels.product import number, result
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of `size` places, each with assignments of one expert: `rows` (places,) int32, the assignment in each
+    place, below 0 for none; `firsts`, `ends` (experts,) int32, an expert's first block and the one behind its last."""
+    size: int
+    rows: Tensor
+    firsts: Tensor
+    ends: Tensor
+
+    @property
+    def places(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def most(self) -> int:
+        return self.places // self.size
+
+    def of(self, expert: UOp, firsts: UOp, ends: UOp) -> tuple[UOp, UOp]:
+        """In a kernel: an expert's first block, and how many it has. One that has none does the last of all, which
+        then is nobody's."""
+        first, many = firsts.index(expert).load(), ends.index(expert).load() - firsts.index(expert).load()
+        return (many > 0).where(first, self.most - 1).maximum(0).minimum(self.most - 1).cast(dtypes.weakint), many
+
+
+def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) -> Tensor:
+    """silu(gate x) * (up x) * share of every assignment: (places, width). In padding 0; behind all blocks, anything.
+
+    x (tokens, hidden); gate, up (experts, width, hidden); share (tokens, used).
+    """
+    (tokens, used), (experts, width, hidden), device = share.shape, gate.shape, x.device
+
+    def work(out: UOp, x: UOp, share: UOp, rows: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
+        make, split = Panels(device, width, blocks.size), len(gate.arrays)
+        expert, group = make.loop(experts, shared=True), make.loop(width // make.rows, shared=True)
+        first, many = blocks.of(expert, firsts, ends)
+        panels = [make.panel(weight.layout, mine, expert * width + group * make.rows, hidden)
+                  for weight, mine in ((gate, arrays[:split]), (up, arrays[split:]))]
+        turn, end = make.turns(many, blocks.most, group)
+        place = (first + turn) * make.tokens
+        found = [number(rows.index(place + t), tokens * used) for t in range(make.tokens)]      # in padding anyone
+        g, u = (make.block(panel, lambda t, column: x.index(found[t] // used, column).load(), turn)
+                for panel in panels)
+
+        def store(t: int, row: UOp) -> UOp:
+            part = share.index(found[t] // used, found[t] % used).load()
+            part = (rows.index(place + t).load() < 0).where(UOp.const(0.0), part)
+            y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * part
+            return out.index(place + t, group * make.rows + row).store(y)
+        name = f"panels_gated_{gate.format}_{up.format}_{blocks.places}_{width}_{hidden}"
+        return kernel(name, end(make.each(store)), group, expert)
+    return result(blocks.places, width, like=x).custom_kernel(
+        x, share, blocks.rows, blocks.firsts, blocks.ends, *gate.arrays, *up.arrays, fxn=work)[0]
+
+
+def mixed(h: Tensor, down: Packed, blocks: Blocks) -> Tensor:
+    """What each assignment adds: down · h, (places, hidden). h (places, width) as `gated` leaves it; down (experts,
+    hidden, width)."""
+    (experts, hidden, width), device = down.shape, h.device
+
+    def work(out: UOp, h: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
+        make = Panels(device, hidden, blocks.size)
+        expert, group = make.loop(experts, shared=True), make.loop(hidden // make.rows, shared=True)
+        first, many = blocks.of(expert, firsts, ends)
+        panel = make.panel(down.layout, arrays, expert * hidden + group * make.rows, width)
+        turn, end = make.turns(many, blocks.most, group)
+        place = (first + turn) * make.tokens
+        sums = make.block(panel, lambda t, column: h.index(place + t, column).load(), turn)
+        stores = make.each(lambda t, row: out.index(place + t, group * make.rows + row).store(
+            sums.index(const(t), row).load()))
+        return kernel(f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}", end(stores), group, expert)
+    return result(blocks.places, hidden, like=h).custom_kernel(
+        h, blocks.firsts, blocks.ends, *down.arrays, fxn=work)[0]
