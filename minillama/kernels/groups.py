@@ -12,6 +12,7 @@ from tinygrad.uop.ops import KernelInfo, UOp
 from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
+from minillama.kernels.panels import block_sums
 from minillama.kernels.product import number, result
 from minillama.kernels.sums import added, counter, dot
 
@@ -37,7 +38,8 @@ def tiles_for(assignments: int, experts: int, tile: int) -> int:
 def group(ids: Tensor, experts: int) -> Groups:
     """Sort assignments by expert, in the tokens' order. ids (tokens, used) int32."""
     (tokens, used), assignments = ids.shape, ids.numel()
-    tile = tuning.tile_rows(ids.device, assignments, experts)
+    panels = tuning.uses_panels(ids.device)
+    tile = block_sums(ids.device)[0] if panels else tuning.tile_rows(ids.device, assignments, experts)
     tiles, flat = tiles_for(assignments, experts, tile), ids.reshape(assignments).contiguous()
     counts = (flat.reshape(-1, 1) == Tensor.arange(experts)).sum(0, dtype=dtypes.int32)         # (experts,)
     ends = ((counts + tile - 1) // tile).cumsum().cast(dtypes.int32).contiguous()               # in tiles
@@ -152,11 +154,12 @@ def mixed(h: Tensor, down: Packed, groups: Groups) -> Tensor:
 def summed(parts: Tensor, groups: Groups) -> Tensor:
     """The sum of what a token's assignments add: parts (places, hidden) -> (tokens, hidden)."""
     (places, hidden), (tokens, used) = parts.shape, groups.places.shape
+    opts = tuning.columns(parts.device, 0, hidden)
 
     def kernel(out: UOp, parts: UOp, mine: UOp) -> UOp:
         column, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
         y = sum(parts.index(number(mine.index(token, UOp.const(n, dtypes.weakint)), places), column).load()
                 for n in range(used))
         return out.index(token, column).store(y).end(column, token).sink(
-            arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}"))
+            arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}", opts_to_apply=opts))
     return result(tokens, hidden, like=parts).custom_kernel(parts, groups.places, fxn=kernel)[0]

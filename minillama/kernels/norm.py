@@ -29,8 +29,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return UOp.group(*stores).end(token, lane).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
 
     def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
-        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim, 2)
-        square = added(x.index(token, other).load() * x.index(token, other).load(), other)
+        parts = tuning.fitting(16, dim)         # of the sum, which would be one long chain of additions
+        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim // parts, 2)
+        values = [x.index(token, other * parts + n).load() for n in range(parts)]
+        square = sum(added(value * value, other) for value in values)
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         return out.index(token, place).store(value).end(token, place).sink(
             arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))

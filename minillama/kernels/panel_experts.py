@@ -29,6 +29,7 @@ class Blocks:
 
     @property
     def most(self) -> int:
+        """Blocks of all experts together, at most."""
         return self.places // self.size
 
     def of(self, expert: UOp, firsts: UOp, ends: UOp) -> tuple[UOp, UOp]:
@@ -46,11 +47,10 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
     (tokens, used), (experts, width, hidden), device = share.shape, gate.shape, x.device
 
     def work(out: UOp, x: UOp, share: UOp, rows: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
-        make, split = Panels(device, width, blocks.size), len(gate.arrays)
+        make = Panels(device, width, blocks.size)
         expert, group = make.loop(experts, shared=True), make.loop(width // make.rows, shared=True)
         first, many = blocks.of(expert, firsts, ends)
-        panels = [make.panel(weight.layout, mine, expert * width + group * make.rows, hidden)
-                  for weight, mine in ((gate, arrays[:split]), (up, arrays[split:]))]
+        panels = pair(make, gate, up, arrays, expert * width + group * make.rows)
         turn, end = make.turns(many, blocks.most, group)
         place = (first + turn) * make.tokens
         found = [number(rows.index(place + t), tokens * used) for t in range(make.tokens)]      # in padding anyone
@@ -66,6 +66,34 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
         return kernel(name, end(make.each(store)), group, expert)
     return result(blocks.places, width, like=x).custom_kernel(
         x, share, blocks.rows, blocks.firsts, blocks.ends, *gate.arrays, *up.arrays, fxn=work)[0]
+
+
+def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
+    """The same for the expert that sees every token: (tokens, width). x (tokens, hidden); gate, up (width, hidden);
+    share (tokens,)."""
+    (tokens, hidden), width, device = x.shape, gate.rows, x.device
+
+    def work(out: UOp, x: UOp, share: UOp, *arrays: UOp) -> UOp:
+        make = Panels(device, width, tokens)
+        group = make.loop(width // make.rows, shared=True)
+        panels = pair(make, gate, up, arrays, group * make.rows)
+        turn = make.loop(tokens // make.tokens)
+        place = turn * make.tokens
+        g, u = (make.block(panel, lambda t, column: x.index(place + t, column).load(), turn) for panel in panels)
+
+        def store(t: int, row: UOp) -> UOp:
+            y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * share.index(place + t).load()
+            return out.index(place + t, group * make.rows + row).store(y)
+        name = f"panels_shared_{gate.format}_{up.format}_{tokens}_{width}_{hidden}"
+        return kernel(name, make.each(store), turn, group)
+    return result(tokens, width, like=x).custom_kernel(x, share, *gate.arrays, *up.arrays, fxn=work)[0]
+
+
+def pair(make: Panels, gate: Packed, up: Packed, arrays: tuple[UOp, ...], first: UOp) -> list[UOp]:
+    """The same rows of both matrices, from number `first` on, as panels."""
+    split = len(gate.arrays)
+    return [make.panel(weight.layout, mine, first, weight.columns)
+            for weight, mine in ((gate, arrays[:split]), (up, arrays[split:]))]
 
 
 def mixed(h: Tensor, down: Packed, blocks: Blocks) -> Tensor:

@@ -12,9 +12,7 @@ from functools import cache
 
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
-from tinygrad.device import CompileError
 from tinygrad.helpers import Context
-from tinygrad.renderer.cstyle import ClangRenderer
 
 
 @dataclass(frozen=True)
@@ -281,31 +279,8 @@ def uses_panels(device: str) -> bool:
     return not shares_memory(device)
 
 
-@cache
-def block_tokens(device: str) -> int:
-    """Tokens of a block of sums (`panels.py`) that registers hold: 8 where there are 32 of 64 bytes, else 4 (for 16 of
-    32 bytes, or 32 of 16). Measured on an x86: 8 tokens with AVX-512 200 GFLOP/s, with AVX2 49; 4 tokens 120 and 125;
-    the compiler is asked whether there is AVX-512. (PoCL: 4.)"""
-    source = "int known;\n#ifdef __AVX512F__\nint wide;\n#endif\n"
-    return 8 if b"wide" in compiled(device, source) else 4
-
-
-def compiled(device: str, source: str) -> bytes:
-    """What a CPU's C compiler makes of a source; nothing where there is none, or it fails."""
-    if device.split(":")[0] != "CPU":
-        return b""
-    with Context(ALLOW_DEVICE_USAGE=1):         # also where a graph is being made, and nothing runs
-        renderer = Device[device].renderer
-        try:
-            return renderer.compiler.compile_cached(source) if isinstance(renderer, ClangRenderer) else b""
-        except CompileError:
-            return b""
-
-
 def tile_rows(device: str, assignments: int, experts: int) -> int:
     """Rows of a tile: more where experts have many tokens; tensor cores want eight at least."""
-    if uses_panels(device):
-        return block_tokens(device)
     return 16 if assignments >= 4 * experts else 8 if multiplies_halves(device, 16) else 4
 
 
@@ -340,9 +315,8 @@ def tensor_cores(device: str, size: int, rows: int, steps: int, tokens: int, eac
 
 def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:
     """The same for columns (axis 0) × tiles (axis 1) × rows of a tile (axis 2), the rows all in one thread."""
-    step = fitting(2 if backend(device) == "CPU" else spread_for(device).step, octets)
-    opts = (Opt(OptOps.UPCAST, 2, tile),)
-    return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ())
+    local = (Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ()
+    return fitting(spread_for(device).step, octets), (Opt(OptOps.UPCAST, 2, tile), *local)
 
 
 def lanes(device: str, size: int) -> int:
