@@ -10,7 +10,7 @@ from tinygrad.uop.ops import UOp
 
 from minillama.kernels.block import const
 from minillama.kernels.packed import Packed
-from minillama.kernels.panels import Panels, kernel
+from minillama.kernels.panels import Panels
 from minillama.kernels.product import number, result
 
 
@@ -46,26 +46,25 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
     """
     (tokens, used), (experts, width, hidden), device = share.shape, gate.shape, x.device
 
-    def work(out: UOp, x: UOp, share: UOp, rows: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
+    def kernel(out: UOp, x: UOp, share: UOp, rows: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
         make = Panels(device, width, blocks.size)
-        expert, group = make.loop(experts, shared=True), make.loop(width // make.rows, shared=True)
+        expert, top = make.outer(experts, shared=True), make.parts(width, make.rows, shared=True)
+        panels = pair(make, gate, up, arrays, expert * width + top)
         first, many = blocks.of(expert, firsts, ends)
-        panels = pair(make, gate, up, arrays, expert * width + group * make.rows)
-        turn, end = make.turns(many, blocks.most, group)
+        turn, end = make.turns(many, blocks.most, experts)
         place = (first + turn) * make.tokens
         found = [number(rows.index(place + t), tokens * used) for t in range(make.tokens)]      # in padding anyone
-        g, u = (make.block(panel, lambda t, column: x.index(found[t] // used, column).load(), turn)
-                for panel in panels)
+        g, u = (make.block(panel, lambda t, column: x.index(found[t] // used, column).load()) for panel in panels)
 
         def store(t: int, row: UOp) -> UOp:
             part = share.index(found[t] // used, found[t] % used).load()
             part = (rows.index(place + t).load() < 0).where(UOp.const(0.0), part)
             y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * part
-            return out.index(place + t, group * make.rows + row).store(y)
+            return out.index(place + t, top + row).store(y)
         name = f"panels_gated_{gate.format}_{up.format}_{blocks.places}_{width}_{hidden}"
-        return kernel(name, end(make.each(store)), group, expert)
+        return make.kernel(name, end(make.each(store)))
     return result(blocks.places, width, like=x).custom_kernel(
-        x, share, blocks.rows, blocks.firsts, blocks.ends, *gate.arrays, *up.arrays, fxn=work)[0]
+        x, share, blocks.rows, blocks.firsts, blocks.ends, *gate.arrays, *up.arrays, fxn=kernel)[0]
 
 
 def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
@@ -73,20 +72,18 @@ def shared_gated(x: Tensor, gate: Packed, up: Packed, share: Tensor) -> Tensor:
     share (tokens,)."""
     (tokens, hidden), width, device = x.shape, gate.rows, x.device
 
-    def work(out: UOp, x: UOp, share: UOp, *arrays: UOp) -> UOp:
+    def kernel(out: UOp, x: UOp, share: UOp, *arrays: UOp) -> UOp:
         make = Panels(device, width, tokens)
-        group = make.loop(width // make.rows, shared=True)
-        panels = pair(make, gate, up, arrays, group * make.rows)
-        turn = make.loop(tokens // make.tokens)
-        place = turn * make.tokens
-        g, u = (make.block(panel, lambda t, column: x.index(place + t, column).load(), turn) for panel in panels)
+        top = make.parts(width, make.rows, shared=True)
+        panels = pair(make, gate, up, arrays, top)
+        start = make.parts(tokens, make.tokens)
+        g, u = (make.block(panel, lambda t, column: x.index(start + t, column).load()) for panel in panels)
 
         def store(t: int, row: UOp) -> UOp:
-            y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * share.index(place + t).load()
-            return out.index(place + t, group * make.rows + row).store(y)
-        name = f"panels_shared_{gate.format}_{up.format}_{tokens}_{width}_{hidden}"
-        return kernel(name, make.each(store), turn, group)
-    return result(tokens, width, like=x).custom_kernel(x, share, *gate.arrays, *up.arrays, fxn=work)[0]
+            y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * share.index(start + t).load()
+            return out.index(start + t, top + row).store(y)
+        return make.kernel(f"panels_shared_{gate.format}_{up.format}_{tokens}_{width}_{hidden}", make.each(store))
+    return result(tokens, width, like=x).custom_kernel(x, share, *gate.arrays, *up.arrays, fxn=kernel)[0]
 
 
 def pair(make: Panels, gate: Packed, up: Packed, arrays: tuple[UOp, ...], first: UOp) -> list[UOp]:
@@ -101,16 +98,15 @@ def mixed(h: Tensor, down: Packed, blocks: Blocks) -> Tensor:
     hidden, width)."""
     (experts, hidden, width), device = down.shape, h.device
 
-    def work(out: UOp, h: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
+    def kernel(out: UOp, h: UOp, firsts: UOp, ends: UOp, *arrays: UOp) -> UOp:
         make = Panels(device, hidden, blocks.size)
-        expert, group = make.loop(experts, shared=True), make.loop(hidden // make.rows, shared=True)
+        expert, top = make.outer(experts, shared=True), make.parts(hidden, make.rows, shared=True)
+        panel = make.panel(down.layout, arrays, expert * hidden + top, width)
         first, many = blocks.of(expert, firsts, ends)
-        panel = make.panel(down.layout, arrays, expert * hidden + group * make.rows, width)
-        turn, end = make.turns(many, blocks.most, group)
+        turn, end = make.turns(many, blocks.most, experts)
         place = (first + turn) * make.tokens
-        sums = make.block(panel, lambda t, column: h.index(place + t, column).load(), turn)
-        stores = make.each(lambda t, row: out.index(place + t, group * make.rows + row).store(
-            sums.index(const(t), row).load()))
-        return kernel(f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}", end(stores), group, expert)
+        sums = make.block(panel, lambda t, column: h.index(place + t, column).load())
+        stores = make.each(lambda t, row: out.index(place + t, top + row).store(sums.index(const(t), row).load()))
+        return make.kernel(f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}", end(stores))
     return result(blocks.places, hidden, like=h).custom_kernel(
-        h, blocks.firsts, blocks.ends, *down.arrays, fxn=work)[0]
+        h, blocks.firsts, blocks.ends, *down.arrays, fxn=kernel)[0]

@@ -12,13 +12,14 @@ No vector is written down. The innermost loop is over rows, whose values lie sid
 token: of that a compiler makes vectors of whatever length the CPU has, and keeps the sums in registers. (An x86 with
 AVX-512: 200 GFLOP/s of one core, where a product as tinygrad tiles it reached 10.)
 """
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
 
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import AddrSpace
+from tinygrad.dtype import AddrSpace, DType
+from tinygrad.helpers import ceildiv
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
@@ -31,18 +32,23 @@ from minillama.kernels.product import number, result
 
 @cache
 def block_sums(device: str) -> tuple[int, int]:
-    """Tokens × rows of a block. 32 registers of 64 bytes, which an x86 has with AVX-512 (its compiler is asked), hold
-    the sums of eight tokens; 16 of 32 bytes, or 32 of 16, those of four. (Measured on an x86: eight tokens 200 GFLOP/s
-    with AVX-512, 49 with AVX2; four 120 and 125. PoCL goes through rows eight at a time, and keeps no sums in
-    registers where there are more.)"""
+    """Tokens × rows of a block, whose sums are to fit into registers: 32 of 64 or 32 bytes, which an x86 has with
+    AVX-512 (its compiler is asked); 16 of 32 bytes, or 32 of 16. (Measured on an x86: 4 × 32 with AVX-512 240 GFLOP/s,
+    with AVX2 50; 4 × 16 140 and 125. PoCL goes through rows eight at a time, and keeps no sums in registers where
+    there are more.)"""
     if tuning.backend(device) == "CL":
         return 8, 8
-    return 8 if b"wide" in compiled(device, "#ifdef __AVX512F__\nint wide;\n#endif\nint known;\n") else 4, 16
+    return 4, 32 if b"wide" in compiled(device, "#ifdef __AVX512F__\nint wide;\n#endif\nint known;\n") else 16
+
+
+def below(wish: int, size: int) -> int:
+    """The largest power of two up to both."""
+    return 1 << min(wish, size).bit_length() - 1
 
 
 @dataclass(frozen=True)
 class Apart:
-    """An array whose items are loaded one by one: given pairs and fours, a compiler makes no longer vectors of them."""
+    """An array whose items are loaded one by one: of pairs and fours a compiler would make no longer vectors."""
     items: UOp
 
     def index(self, row: UOp, item: UOp) -> UOp:
@@ -50,20 +56,48 @@ class Apart:
 
 
 class Panels:
-    """What a kernel needs to multiply blocks of `tokens` tokens with panels of `rows` rows of weights; it numbers its
-    loops and the arrays that it keeps for itself."""
+    """A kernel that multiplies so many tokens, in blocks of `tokens`, with so many rows of weights, in panels of
+    `rows`. It numbers its loops and arrays, and knows what loops are `around` a block."""
 
     def __init__(self, device: str, rows: int, tokens: int):
-        self.tokens, self.rows = map(tuning.fitting, block_sums(device), (tokens, rows))
-        self.numbers: Iterator[int] = count()
+        self.tokens, self.rows = map(below, block_sums(device), (tokens, rows))
+        self.device, self.numbers, self.around = device, count(), []
 
-    def loop(self, size: int | UOp, shared: bool = False) -> UOp:
-        """A loop; `shared`: one whose turns may be divided among threads."""
-        return UOp.range(size, next(self.numbers), AxisType.WEAK if shared else AxisType.LOOP)
+    def array(self, *shape: int, dtype: DType = FLOAT) -> UOp:
+        """An array of the kernel's own."""
+        return UOp.placeholder(shape, dtype, next(self.numbers), AddrSpace.REG)
 
-    def array(self, *shape: int) -> UOp:
-        """An array of floats of the kernel's own."""
-        return UOp.placeholder(shape, FLOAT, next(self.numbers), AddrSpace.REG)
+    def loop(self, size: int) -> UOp:
+        return UOp.range(size, next(self.numbers), AxisType.LOOP)
+
+    def outer(self, size: int, shared: bool = False) -> UOp:
+        """A loop around blocks; `shared`: whose turns may be divided among threads."""
+        if size == 1:
+            return const(0)
+        self.around.append(UOp.range(size, next(self.numbers), AxisType.WEAK if shared else AxisType.LOOP))
+        return self.around[-1]
+
+    def parts(self, size: int, each: int, shared: bool = False) -> UOp:
+        """A loop over parts of `each` rows, or tokens, of so many: where a part starts. Where they do not divide
+        evenly the last two overlap: what is done twice comes out the same."""
+        start = self.outer(ceildiv(size, each), shared) * each
+        return start if size % each == 0 else start.minimum(size - each)
+
+    def turns(self, many: UOp, most: int, loops: int) -> tuple[UOp, Callable[[UOp], UOp]]:
+        """A loop that turns as often as the kernel finds out: once at least, and `most` times in all of so many such
+        loops. Its turn, and what ends it after some stores. (A range will not do: where its size depends on the place
+        of a loop around it, tinygrad 0.14 would end both where the one ends.)"""
+        if tuning.backend(self.device) == "NULL":       # which only counts: as many as there are on average
+            return self.outer(ceildiv(most, loops)), lambda stores: stores
+        loop, place = UOp.loop(next(self.numbers)), self.array(1, dtype=dtypes.int32)
+        place = place.after(place.after(*self.around).index(const(0)).store(0), loop)
+        turn, outside = number(place.index(const(0)), most), self.around
+        self.around = [*outside, loop]
+
+        def end(stores: UOp) -> UOp:
+            self.around, following = outside, (turn + 1).cast(dtypes.int32)
+            return place.after(stores).index(const(0)).store(following).end(loop, following < many)
+        return turn, end
 
     def panel(self, layout: Layout, arrays: tuple[UOp, ...], first: UOp, columns: int) -> UOp:
         """Rows of a packed matrix from number `first` on, unpacked: (columns, rows)."""
@@ -72,41 +106,25 @@ class Panels:
         stores = [panel.index(i * OCTET + k, row).store(value) for k, value in enumerate(values)]
         return panel.after(UOp.group(*stores).end(row).end(i))
 
-    def block(self, panel: UOp, x: Callable[[int, UOp], UOp], turn: UOp) -> UOp:
-        """The products of a panel's rows with the vectors of a block's tokens, x(token, column), in each `turn` of a
-        loop over blocks: (tokens, rows)."""
+    def block(self, panel: UOp, x: Callable[[int, UOp], UOp]) -> UOp:
+        """The products of a panel's rows with the vectors of a block's tokens, x(token, column): (tokens, rows)."""
         column, row, start = self.loop(panel.shape[0]), self.loop(self.rows), self.loop(self.rows)
-        empty, tokens = self.array(self.tokens, self.rows), range(self.tokens)
-        zeros = [empty.after(turn).index(const(t), start).store(0.0) for t in tokens]
-        sums = empty.after(UOp.group(*zeros).end(start), column)
+        sums, tokens = self.array(self.tokens, self.rows), range(self.tokens)
+        zeros = [sums.after(*self.around).index(const(t), start).store(0.0) for t in tokens]
+        before = sums.after(UOp.group(*zeros).end(start), column)
         weight = panel.index(column, row).load()
-        stores = [sums.index(const(t), row).store(sums.index(const(t), row).load() + weight * x(t, column))
+        stores = [before.index(const(t), row).store(before.index(const(t), row).load() + weight * x(t, column))
                   for t in tokens]
-        return empty.after(UOp.group(*stores).end(row).end(column))
-
-    def turns(self, many: UOp, most: int, within: UOp) -> tuple[UOp, Callable[[UOp], UOp]]:
-        """A loop that turns as often as a kernel finds out `within` another one: once at least, below `most` times.
-        Its turn, and what ends it after some stores. (A range whose size depends on another's place will not do:
-        tinygrad 0.14 would end both where the one ends.)"""
-        loop, number_of = UOp.loop(next(self.numbers)), next(self.numbers)
-        place = UOp.placeholder((1,), dtypes.int32, number_of, AddrSpace.REG)
-        place = place.after(place.after(within).index(const(0)).store(0), loop)
-        turn = number(place.index(const(0)), most)
-
-        def end(stores: UOp) -> UOp:
-            following = (turn + 1).cast(dtypes.int32)
-            return place.after(stores).index(const(0)).store(following).end(loop, following < many)
-        return turn, end
+        return sums.after(UOp.group(*stores).end(row).end(column))
 
     def each(self, store: Callable[[int, UOp], UOp]) -> UOp:
         """What is stored of a block: store(token, row)."""
         row = self.loop(self.rows)
         return UOp.group(*(store(t, row) for t in range(self.tokens))).end(row)
 
-
-def kernel(name: str, stores: UOp, *loops: UOp) -> UOp:
-    """A kernel of these loops, written as they are."""
-    return stores.end(*loops).sink(arg=KernelInfo(name, opts_to_apply=()))
+    def kernel(self, name: str, stores: UOp) -> UOp:
+        """The kernel, its loops written as they are."""
+        return stores.end(*reversed(self.around)).sink(arg=KernelInfo(name, opts_to_apply=()))
 
 
 def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
@@ -114,16 +132,16 @@ def linear(x: Tensor, weight: Packed, residual: Tensor | None = None) -> Tensor:
     `product.linear_twin`."""
     (tokens, columns), extra = x.shape, [] if residual is None else [residual]
 
-    def work(out: UOp, x: UOp, *buffers: UOp) -> UOp:
+    def kernel(out: UOp, x: UOp, *buffers: UOp) -> UOp:
         make = Panels(weight.device, weight.rows, tokens)
-        group = make.loop(weight.rows // make.rows, shared=True)
-        panel = make.panel(weight.layout, buffers[len(extra):], group * make.rows, columns)
-        turn = make.loop(tokens // make.tokens)
-        sums = make.block(panel, lambda t, column: x.index(turn * make.tokens + t, column).load(), turn)
+        first = make.parts(weight.rows, make.rows, shared=True)
+        panel = make.panel(weight.layout, buffers[len(extra):], first, columns)
+        start = make.parts(tokens, make.tokens)
+        sums = make.block(panel, lambda t, column: x.index(start + t, column).load())
 
         def store(t: int, row: UOp) -> UOp:
-            place = turn * make.tokens + t, group * make.rows + row
+            place = start + t, first + row
             return out.index(*place).store(sum((one.index(*place).load() for one in buffers[:len(extra)]),
                                                sums.index(const(t), row).load()))
-        return kernel(f"panels_{weight.format}_{tokens}_{weight.rows}_{columns}", make.each(store), turn, group)
-    return result(tokens, weight.rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=work)[0]
+        return make.kernel(f"panels_{weight.format}_{tokens}_{weight.rows}_{columns}", make.each(store))
+    return result(tokens, weight.rows, like=x).custom_kernel(x, *extra, *weight.arrays, fxn=kernel)[0]
