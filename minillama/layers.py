@@ -49,14 +49,14 @@ def packed_linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = 
     more = None if residual is None else residual.reshape(-1, weight.rows)
     if x.shape[0] <= FEW:
         return product.linear(x, weight, more).reshape(shape)
-    if tuning.uses_panels(x.device):
-        return panels.linear(x, weight, more).reshape(shape)
     if tuning.uses_mma(x.device) and x.shape[0] % 8 == 0 and halves.fits(weight):
         return gemm.linear(halves.halves(x, weight.layout), weight, more).reshape(shape)
     # a unit takes the rows of eight tokens
     units = tuning.multiplies_halves(x.device, weight.rows) and x.shape[0] % 8 == 0
     if units and tensor_cores.fits(weight):
         return tensor_cores.linear(tensor_cores.halves(x), weight, more).reshape(shape)
+    if tuning.uses_panels(x.device):
+        return panels.linear(x, weight, more).reshape(shape)
     y = tensor_cores.long_product(x, unpacked(weight)) if units else x @ unpacked(weight).T     # (tokens, rows)
     return (y if more is None else y + more).reshape(shape)
 
