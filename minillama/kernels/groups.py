@@ -7,7 +7,8 @@ number. Where the router sends everything to one expert, that one simply has mor
 from dataclasses import dataclass
 
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import KernelInfo, UOp
+from tinygrad.dtype import AddrSpace
+from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
@@ -56,12 +57,22 @@ def group(ids: Tensor, experts: int) -> Groups:
         return places.index(mine).store(place).end(mine).sink(
             arg=KernelInfo(f"place_{assignments}", opts_to_apply=tuning.grouped(lanes)))
 
+    def place_in_order(places: UOp, flat: UOp, firsts: UOp) -> UOp:
+        """By one thread, which knows each expert's next place."""
+        every, mine = UOp.range(experts, 0, AxisType.LOOP), UOp.range(assignments, 1, AxisType.LOOP)
+        following = UOp.placeholder((experts,), dtypes.int32, 0, AddrSpace.REG)
+        start = following.index(every).store(firsts.index(every).load() * tile).end(every)
+        following, expert = following.after(start, mine), number(flat.index(mine), experts)
+        place = following.index(expert).load()
+        stores = places.index(mine).store(place), following.index(expert).store(place + 1)
+        return UOp.group(*stores).end(mine).sink(arg=KernelInfo(f"place_{assignments}", opts_to_apply=()))
+
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)
         return rows.index(number(places.index(mine), tiles * tile)).store(mine.cast(dtypes.int32)).end(mine).sink(
             arg=KernelInfo(f"rows_of_tiles_{assignments}"))
     places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
-    places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
+    places = places.custom_kernel(flat, firsts, fxn=place_in_order if panels else place_kernel)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
     return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used), firsts, ends)
