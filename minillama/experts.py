@@ -6,7 +6,7 @@ picked, by index), take the same arguments and are equal. Source: Shazeer et al.
 from tinygrad import Tensor, dtypes
 
 from minillama.config import ModelConfig
-from minillama.kernels import gemm, gemm_experts, groups, halves, product, router, tuning
+from minillama.kernels import gemm, gemm_experts, groups, halves, panel_experts, product, router, tuning
 from minillama.kernels.packed import Packed, unpacked
 from minillama.kernels.product import Normed
 from minillama.layers import linear, project, swiglu
@@ -87,11 +87,20 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, resi
         gate, up = w.shared_inputs
         h = gemm_experts.gated(halves.halves(rows, gate.layout), gate, up, w.shared_down.layout, share.reshape(-1))
         y = gemm.linear(h, w.shared_down, y)
+    elif in_panels(rows, w):
+        h = panel_experts.shared_gated(rows, *w.shared_inputs, share.reshape(-1))
+        y = linear(h, w.shared_down, y)
     else:
         gate, up = project(rows, w.shared_inputs, (config.shared_width, config.shared_width))
         y = y + linear(swiglu(gate, up), w.shared_down) * share
     y = y.reshape(x.shape)
     return y if residual is None else y + residual, every, ids
+
+
+def in_panels(x: Tensor, w: ExpertWeights) -> bool:
+    """Whether its first half is one kernel that multiplies panels of weights (`panel_experts.py`)."""
+    return tuning.uses_panels(x.device) and len(w.shared_inputs) == 2 and all(
+        isinstance(weight, Packed) for weight in (*w.shared_inputs, w.shared_down))
 
 
 def in_tiles(x: Tensor, w: ExpertWeights) -> bool:

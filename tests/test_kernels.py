@@ -178,6 +178,8 @@ def test_grouped_experts_equal_chosen_ones_however_tokens_are_routed(tokens, exp
     got = groups.experts(x, gate, up, down, found, share)
     want = product.mixed_twin(product.gated_twin(x, gate, up, ids, share), down, ids)
     assert off(got, want) < TOLERANCE
+    tiles = groups.mixed(groups.gated(x, gate, up, found, share), down, found)
+    assert off(groups.summed(tiles, found), want) < TOLERANCE
     halves = groups.summed(groups.in_halves(x, gate, up, down, found, share), found)
     assert off(halves, want) < TOLERANCE
 

@@ -88,17 +88,20 @@ def converts_halves(device: str) -> bool:
     """Whether products for a few tokens take the bits of halves for halves, on a CPU with an instruction that makes
     float32 numbers of them: any ARM, and x86 with F16C. Without it the compiler calls a function, slowly if tinygrad
     finds it at all. (Kernels for prompts move bits: some of them took three times as long with that instruction.)"""
+    made = compiled(device, "float widened(__fp16* half) { return *half; }")
+    return bool(made) and not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
+
+
+def compiled(device: str, source: str) -> bytes:
+    """What a CPU's C compiler makes of a source: nothing where there is none, or it refuses."""
     if device.split(":")[0] != "CPU":
-        return False
+        return b""
     with Context(ALLOW_DEVICE_USAGE=1):         # also where a graph is being made, and nothing runs
         renderer = Device[device].renderer
-        if not isinstance(renderer, ClangRenderer):
-            return False
         try:
-            made = renderer.compiler.compile_cached("float widened(__fp16* half) { return *half; }")
-        except CompileError:                    # a compiler that knows no halves
-            return False
-    return not any(function in made for function in (b"__gnu_h2f_ieee", b"__extendhfsf2"))
+            return renderer.compiler.compile_cached(source) if isinstance(renderer, ClangRenderer) else b""
+        except CompileError:                    # one that knows no halves, for example
+            return b""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ number. Where the router sends everything to one expert, that one simply has mor
 from dataclasses import dataclass
 
 from tinygrad import Tensor, dtypes
-from tinygrad.uop.ops import KernelInfo, UOp
+from tinygrad.dtype import AddrSpace
+from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
-from minillama.kernels import gemm_experts, halves, tensor_cores, tuning
+from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
+from minillama.kernels.panels import block_sums
 from minillama.kernels.product import number, result
 from minillama.kernels.sums import added, counter, dot
 
@@ -20,11 +22,13 @@ from minillama.kernels.sums import added, counter, dot
 class Groups:
     """Where assignments lie once they are sorted. `rows` (tiles * tile,) int32 is the assignment in each place, -1 in
     padding; `experts` (tiles,) int32 that of each tile, -1 if nobody fills it; `places` (tokens, used) int32 where
-    each assignment went."""
+    each assignment went; `firsts`, `ends` (experts,) int32 each expert's first tile and the one behind its last."""
     tile: int
     rows: Tensor
     experts: Tensor
     places: Tensor
+    firsts: Tensor
+    ends: Tensor
 
 
 def tiles_for(assignments: int, experts: int, tile: int) -> int:
@@ -35,7 +39,8 @@ def tiles_for(assignments: int, experts: int, tile: int) -> int:
 def group(ids: Tensor, experts: int) -> Groups:
     """Sort assignments by expert, in the tokens' order. ids (tokens, used) int32."""
     (tokens, used), assignments = ids.shape, ids.numel()
-    tile = tuning.tile_rows(ids.device, assignments, experts)
+    panels = tuning.uses_panels(ids.device)
+    tile = block_sums(ids.device)[0] if panels else tuning.tile_rows(ids.device, assignments, experts)
     tiles, flat = tiles_for(assignments, experts, tile), ids.reshape(assignments).contiguous()
     counts = (flat.reshape(-1, 1) == Tensor.arange(experts)).sum(0, dtype=dtypes.int32)         # (experts,)
     ends = ((counts + tile - 1) // tile).cumsum().cast(dtypes.int32).contiguous()               # in tiles
@@ -52,15 +57,25 @@ def group(ids: Tensor, experts: int) -> Groups:
         return places.index(mine).store(place).end(mine).sink(
             arg=KernelInfo(f"place_{assignments}", opts_to_apply=tuning.grouped(lanes)))
 
+    def place_in_order(places: UOp, flat: UOp, firsts: UOp) -> UOp:
+        """By one thread, which knows each expert's next place."""
+        every, mine = UOp.range(experts, 0, AxisType.LOOP), UOp.range(assignments, 1, AxisType.LOOP)
+        following = UOp.placeholder((experts,), dtypes.int32, 0, AddrSpace.REG)
+        start = following.index(every).store(firsts.index(every).load() * tile).end(every)
+        following, expert = following.after(start, mine), number(flat.index(mine), experts)
+        place = following.index(expert).load()
+        stores = places.index(mine).store(place), following.index(expert).store(place + 1)
+        return UOp.group(*stores).end(mine).sink(arg=KernelInfo(f"place_{assignments}", opts_to_apply=()))
+
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)
         return rows.index(number(places.index(mine), tiles * tile)).store(mine.cast(dtypes.int32)).end(mine).sink(
             arg=KernelInfo(f"rows_of_tiles_{assignments}"))
     places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
-    places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
+    places = places.custom_kernel(flat, firsts, fxn=place_in_order if panels else place_kernel)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
-    return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used))
+    return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used), firsts, ends)
 
 
 def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, share: Tensor) -> Tensor:
@@ -73,6 +88,9 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, s
     if all(tuning.multiplies_halves(x.device, weight.shape[1]) and tensor_cores.fits(weight)
            for weight in (gate, up, down)):
         return summed(in_halves(x, gate, up, down, groups, share), groups)
+    if tuning.uses_panels(x.device):
+        blocks = panel_experts.Blocks(groups.tile, groups.rows, groups.firsts, groups.ends)
+        return summed(panel_experts.mixed(panel_experts.gated(x, gate, up, share, blocks), down, blocks), groups)
     return summed(mixed(gated(x, gate, up, groups, share), down, groups), groups)
 
 
@@ -147,11 +165,12 @@ def mixed(h: Tensor, down: Packed, groups: Groups) -> Tensor:
 def summed(parts: Tensor, groups: Groups) -> Tensor:
     """The sum of what a token's assignments add: parts (places, hidden) -> (tokens, hidden)."""
     (places, hidden), (tokens, used) = parts.shape, groups.places.shape
+    opts = tuning.columns(parts.device, 0, hidden)
 
     def kernel(out: UOp, parts: UOp, mine: UOp) -> UOp:
         column, token = UOp.range(hidden, 0), UOp.range(tokens, 1)
         y = sum(parts.index(number(mine.index(token, UOp.const(n, dtypes.weakint)), places), column).load()
                 for n in range(used))
         return out.index(token, column).store(y).end(column, token).sink(
-            arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}"))
+            arg=KernelInfo(f"tiles_sum_{tokens}_{hidden}", opts_to_apply=opts))
     return result(tokens, hidden, like=parts).custom_kernel(parts, groups.places, fxn=kernel)[0]

@@ -17,7 +17,7 @@ def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the twin. A block of threads does one token: it reads x and the weight once and writes the result once."""
-    tokens, dim = x.shape
+    (tokens, dim), device = x.shape, x.device
 
     def by_block(out: UOp, x: UOp, weight: UOp) -> UOp:
         token, lane = UOp.range(tokens, 0), UOp.range(THREADS, 1, AxisType.LOCAL)
@@ -29,10 +29,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return UOp.group(*stores).end(token, lane).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
 
     def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
-        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim, 2)
-        square = added(x.index(token, other).load() * x.index(token, other).load(), other)
+        parts = tuning.chains(device, dim)
+        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim // parts, 2)
+        values = [x.index(token, other * parts + n).load() for n in range(parts)]
+        square = sum(added(value * value, other) for value in values)
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         return out.index(token, place).store(value).end(token, place).sink(
             arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
-    together = tuning.shares_memory(x.device) and dim % THREADS == 0
+    together = tuning.shares_memory(device) and dim % THREADS == 0
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]

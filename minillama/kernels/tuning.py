@@ -25,7 +25,7 @@ class Spread:
     groups: int
 
 
-FEW = 16            # tokens up to which a weight is unpacked inside its product; a prompt shares one unpacked copy
+FEW = 16            # tokens up to which a weight is unpacked where it is used; for a prompt's it is unpacked once
 WRITTEN = 8         # turns of a loop over steps that lanes take at once, at most
 GPU = Spread(step=2, lanes=32, rows=4, groups=4)       # measured on an H100; the others take its numbers untried
 # CL (PoCL) and CPU: measured on a server's CPU of two cores (in most formats four octets share a scale)
@@ -274,6 +274,11 @@ def skips_tiles(device: str) -> bool:
     return backend(device) == "CUDA"
 
 
+def uses_panels(device: str) -> bool:
+    """Whether a prompt's products unpack weights into panels (`panels.py`): on CPUs, with or without OpenCL."""
+    return not shares_memory(device)
+
+
 def tile_rows(device: str, assignments: int, experts: int) -> int:
     """Rows of a tile: more where experts have many tokens; tensor cores want eight at least."""
     return 16 if assignments >= 4 * experts else 8 if multiplies_halves(device, 16) else 4
@@ -310,14 +315,19 @@ def tensor_cores(device: str, size: int, rows: int, steps: int, tokens: int, eac
 
 def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple[Opt, ...]]:
     """The same for columns (axis 0) × tiles (axis 1) × rows of a tile (axis 2), the rows all in one thread."""
-    step = fitting(2 if backend(device) == "CPU" else spread_for(device).step, octets)
-    opts = (Opt(OptOps.UPCAST, 2, tile),)
-    return step, opts + ((Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ())
+    local = (Opt(OptOps.LOCAL, 0, fitting(64, columns)),) if shares_memory(device) else ()
+    return fitting(spread_for(device).step, octets), (Opt(OptOps.UPCAST, 2, tile), *local)
 
 
 def lanes(device: str, size: int) -> int:
     """Threads that share a sum over `size` terms: 1 where threads cannot share."""
     return fitting(32, size) if shares_memory(device) else 1
+
+
+def chains(device: str, size: int) -> int:
+    """Sums that a CPU's thread adds up side by side, since one would be a long chain of additions, each of which waits
+    for the one before."""
+    return 1 if shares_memory(device) else fitting(16, size)
 
 
 def ranks(device: str, tokens: int, experts: int) -> tuple[Opt, ...]:
