@@ -7,15 +7,14 @@ token, to read and to write. The innermost loops run along its columns and are l
 vectors of them.
 """
 from tinygrad import Tensor
-from tinygrad.dtype import AddrSpace, dtypes
-from tinygrad.uop.ops import AxisType, KernelInfo, UOp
+from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.product import result
+from minillama.kernels.steps import Steps, real
 from minillama.kernels.tuning import fitting
 
 ROWS = 4            # of the memory that a loop does at once: what it adds them to is loaded and stored once for all
-NEW = 100           # number of a buffer
 
 
 def fits(device: str, tokens: int) -> bool:
@@ -30,39 +29,40 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: T
     q, k, v, keep, beta, state = (x.contiguous() for x in (q, k, v, g.exp(), beta, state))
 
     def kernel(out: UOp, memory: UOp, q: UOp, k: UOp, v: UOp, keep: UOp, beta: UOp, state: UOp) -> UOp:
-        head = UOp.range(heads, 0)
-        own, (row, column) = head // (heads // keys), (UOp.range(dim, n) for n in (1, 2))
-        start = memory.index(head, row, column).store(state.index(head, row, column).load())
-        t = UOp.range(tokens, 3, AxisType.REDUCE)
-        memory, out = memory.after(start.end(column).end(row)).after(t), out.after(t)
-        new = UOp.placeholder((dim,), dtypes.float32, NEW, AddrSpace.REG).after(t)
-        kept, strength = keep.index(t, head).load(), beta.index(t, head).load()
+        steps = Steps()
+        head = steps.parts(heads)
+        own = head // (heads // keys)
+        row, column = loops = steps.loop(dim), steps.loop(dim)
+        steps.do(loops, memory.index(head, row, column).store(state.index(head, row, column).load()))
+        t = steps.loop(tokens)
+        kept, strength, new = keep.index(t, head).load(), beta.index(t, head).load(), steps.room(dim, of=(head, t))
 
         # what the key holds now: S·k
-        column = UOp.range(dim, 4)
-        new = new.after(new.index(column).store(UOp.const(0.0, dtypes.float32)).end(column))
-        block, column = UOp.range(dim // rows, 5, AxisType.REDUCE), UOp.range(dim, 6)
-        places, held = [block * rows + n for n in range(rows)], new.after(block).index(column)
-        key = [k.index(t, own, place).load() for place in places]
-        found = sum(x * memory.index(head, place, column).load() for x, place in zip(key, places, strict=True))
-        new = new.after(held.store(held.load() + found).end(column).end(block))
+        column = steps.loop(dim)
+        steps.do((column,), steps.now(new, t).index(column).store(real(0)))
+        block, column = loops = steps.loop(dim // rows), steps.loop(dim)
+        places, held = [block * rows + n for n in range(rows)], steps.now(new, block).index(column)
+        found = sum(k.index(t, own, place).load() * steps.now(memory).index(head, place, column).load()
+                    for place in places)
+        steps.do(loops, held.store(held.load() + found))
 
         # what is missing
-        column = UOp.range(dim, 7)
-        missing = (v.index(t, head, column).load() - new.index(column).load() * kept) * strength
-        ready = UOp.group(new.index(column).store(missing),
-                          out.index(t, head, column).store(UOp.const(0.0, dtypes.float32))).end(column)
+        column = steps.loop(dim)
+        cell = steps.now(new).index(column)
+        missing = (v.index(t, head, column).load() - cell.load() * kept) * strength
+        steps.do((column,), cell.store(missing), steps.now(out).index(t, head, column).store(real(0)))
 
         # forget, write it, and read what the query asks for
-        block, column = UOp.range(dim // rows, 8, AxisType.REDUCE), UOp.range(dim, 9)
-        places = [block * rows + n for n in range(rows)]
-        new, memory, told = new.after(ready), memory.after(ready, block), out.after(ready, block).index(t, head, column)
-        cells, write = [memory.index(head, place, column) for place in places], new.index(column).load()
-        key, asked = ([x.index(t, own, place).load() for place in places] for x in (k, q))
-        values = [cell.load() * kept + x * write for cell, x in zip(cells, key, strict=True)]
-        read = sum(x * dim ** -0.5 * value for x, value in zip(asked, values, strict=True))
-        stores = [cell.store(value) for cell, value in zip(cells, values, strict=True)]
-        return UOp.group(*stores, told.store(told.load() + read)).end(column).end(block).end(t).end(head).sink(
-            arg=KernelInfo(f"recurrence_{tokens}_{heads}_{dim}", opts_to_apply=()))
+        block, column = loops = steps.loop(dim // rows), steps.loop(dim)
+        places, write = [block * rows + n for n in range(rows)], steps.now(new).index(column).load()
+        cells = [steps.now(memory).index(head, place, column) for place in places]
+        values = [cell.load() * kept + k.index(t, own, place).load() * write
+                  for cell, place in zip(cells, places, strict=True)]
+        read = sum(q.index(t, own, place).load() * dim ** -0.5 * value
+                   for place, value in zip(places, values, strict=True))
+        told = steps.now(out, block).index(t, head, column)
+        steps.do(loops, told.store(told.load() + read), *(
+            cell.store(value) for cell, value in zip(cells, values, strict=True)))
+        return steps.end(head, t).sink(arg=KernelInfo(f"recurrence_{tokens}_{heads}_{dim}", opts_to_apply=()))
     out, memory = result(tokens, heads, dim, like=v), result(heads, dim, dim, like=v)
     return tuple(out.custom_kernel(memory, q, k, v, keep, beta, state, fxn=kernel)[:2])
