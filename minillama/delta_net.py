@@ -8,7 +8,7 @@ from tinygrad import Tensor
 
 from minillama.config import ModelConfig
 from minillama.kernels import chunks as chunk_kernels
-from minillama.kernels import conv, recurrence
+from minillama.kernels import conv, norm, recurrence, tuning
 from minillama.kernels import delta as kernels
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Normed
@@ -137,12 +137,13 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     """
     tokens, c = x.shape[0], config
     widths = (c.conv_channels, c.value_width, c.v_heads, c.v_heads)
-    if isinstance(w.inputs[0], Packed) and x.ndim == 2 and conv.fits(tokens):
+    by_hand = isinstance(w.inputs[0], Packed) and x.ndim == 2 and conv.fits(tokens)
+    if by_hand:
         runs, window = columns(x, w.inputs, widths), window.contiguous()
         source, first = runs[0]
         qkv, buffer = conv.conv((source.contiguous(), first), window, w.conv)
-        channels, z, b, a = ((buffer if y is source else y)[:, at:at + width]
-                             for (y, at), width in zip(runs, widths, strict=True))
+        runs = [(buffer if y is source else y, at) for y, at in runs]
+        channels, z, b, a = (y[:, at:at + width] for (y, at), width in zip(runs, widths, strict=True))
         past = window.cat(channels, dim=0)
     else:
         channels, z, b, a = project(x, w.inputs, widths)
@@ -155,7 +156,10 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     if valid is not None:
         g, beta = g * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
     out, state = delta(l2_norm(q), l2_norm(k), v, g, beta, state)           # (tokens, v_heads, dim)
-    gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()
+    if by_hand and not tuning.shares_memory(x.device):
+        gated = norm.gated(out, w.norm, c.norm_eps, runs[1])
+    else:
+        gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()
     return linear(gated.reshape(*x.shape[:-1], c.value_width), w.out), past, state
 
 
