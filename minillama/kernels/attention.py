@@ -90,7 +90,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
         source, norm, table, position = given[len(more) // 2:][:4]
         steps = Steps()
         token, head = here = steps.parts(tokens), steps.parts(heads)
-        at, row = head * stride + first, number(position.index(const(0))) + token
+        at, row = head * stride + first, number(position.index(const(0)), table.shape[0] - tokens + 1) + token
         square = steps.sum(dim, lambda place: source.index(token, at + place).load().square(), here)
         scale = (square * (1 / dim) + eps).rsqrt()
 

@@ -58,7 +58,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         d, i = loops = steps.loop(dim), steps.loop(count)
         steps.do(loops, steps.now(told).index(d, i).store(real(0)))
 
-        turn, n = steps.repeat(here)
+        turn, n = steps.repeat(positions // POSITIONS, here)
         p, i = loops = steps.loop(POSITIONS), steps.loop(count)
         steps.do(loops, steps.now(scores, turn).index(p, i).store(real(0)))
         product(scores, POSITIONS, dim, lambda p, d: keys.index(n * POSITIONS + p, own, d).load(), steps.now(asked))

@@ -10,6 +10,7 @@ from tinygrad.dtype import AddrSpace, DType, dtypes
 from tinygrad.uop.ops import AxisType, UOp
 
 from minillama.kernels.block import const
+from minillama.kernels.product import number
 from minillama.kernels.tuning import fitting
 
 ROOM = 100          # number of the first buffer
@@ -71,17 +72,17 @@ class Steps:
             parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
-    def repeat(self, of: tuple[UOp, ...]) -> tuple[UOp, UOp]:
-        """A loop that goes on until its end is known, and how many turns it has behind it. (tinygrad 0.14 cannot
-        render a range whose size depends on another one.)"""
+    def repeat(self, most: int, of: tuple[UOp, ...]) -> tuple[UOp, UOp]:
+        """A loop whose end is said last, and the number of its turn, below `most`. (tinygrad 0.14 cannot render a range
+        whose size depends on another one.)"""
         self.loops += 1
         loop, turns = UOp.loop(self.loops - 1), self.room(1, of=of, dtype=dtypes.int32)
         self.do((), self.now(turns).index(const(0)).store(UOp.const(0, dtypes.int32)))
         self.turns = self.now(turns, loop)
-        return loop, self.turns.index(const(0)).load().cast(dtypes.weakint)
+        return loop, number(self.turns.index(const(0)), most)
 
-    def until(self, loop: UOp, turns: UOp, count: UOp) -> UOp:
+    def until(self, loop: UOp, turn: UOp, count: UOp) -> UOp:
         """The steps so far are in that loop, which has `count` turns, one at least."""
-        self.do((), self.turns.after(*self.done).index(const(0)).store((turns + 1).cast(dtypes.int32)))
-        self.done = (self.done[0].end(loop, turns + 1 < count),)
+        self.do((), self.turns.after(*self.done).index(const(0)).store((turn + 1).cast(dtypes.int32)))
+        self.done = (self.done[0].end(loop, turn + 1 < count),)
         return self.done[0]
