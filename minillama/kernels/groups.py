@@ -13,6 +13,7 @@ from minillama.kernels import gemm_experts, halves, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
+from minillama.kernels.steps import Steps
 from minillama.kernels.sums import added, counter, dot
 
 
@@ -52,12 +53,24 @@ def group(ids: Tensor, experts: int) -> Groups:
         return places.index(mine).store(place).end(mine).sink(
             arg=KernelInfo(f"place_{assignments}", opts_to_apply=tuning.grouped(lanes)))
 
+    def place_in_turn(places: UOp, flat: UOp, firsts: UOp) -> UOp:
+        """One after the other, in one thread: each expert's next free place is remembered."""
+        steps = Steps()
+        free, expert = steps.room(experts, of=(), dtype=dtypes.int32), steps.loop(experts)
+        steps.do((expert,), free.index(expert).store(firsts.index(expert).load() * tile))
+        mine = steps.loop(assignments)
+        cell = steps.now(free, mine).index(number(flat.index(mine), experts))
+        place = cell.load()
+        steps.do((mine,), places.index(mine).store(place), cell.store(place + 1))
+        return steps.done[0].sink(arg=KernelInfo(f"place_{assignments}", opts_to_apply=()))
+
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)
         return rows.index(number(places.index(mine), tiles * tile)).store(mine.cast(dtypes.int32)).end(mine).sink(
             arg=KernelInfo(f"rows_of_tiles_{assignments}"))
     places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
-    places = places.custom_kernel(flat, firsts, fxn=place_kernel)[0]
+    places = places.custom_kernel(
+        flat, firsts, fxn=place_kernel if tuning.shares_memory(ids.device) else place_in_turn)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
     return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used))
