@@ -89,9 +89,9 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
     def by_loops(out: UOp, *given: UOp) -> UOp:
         source, norm, table, position = given[len(more) // 2:][:4]
         steps = Steps()
-        token, head = here = steps.parts(tokens), steps.parts(heads)
+        token, head = steps.each(tokens, shared=tokens > tuning.FEW), steps.each(heads)
         at, row = head * stride + first, number(position.index(const(0)), table.shape[0] - tokens + 1) + token
-        square = steps.sum(dim, lambda place: source.index(token, at + place).load().square(), here)
+        square = steps.sum(dim, lambda place: source.index(token, at + place).load().square())
         scale = (square * (1 / dim) + eps).rsqrt()
 
         def value(place: UOp) -> UOp:
@@ -110,7 +110,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
             place = steps.loop(dim)
             as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
             steps.do((place,), steps.now(given[0]).index(row, head, place).store(as_it_is))
-        return steps.end(*here).sink(arg=KernelInfo(name, opts_to_apply=()))
+        return steps.kernel(name)
     kernel = by_threads if tuning.shares_memory(source.device) and dim <= 1024 else by_loops
     return out.custom_kernel(*more[:1], source, norm, table, position, *more[1:], fxn=kernel)[:1 + len(more) // 2]
 

@@ -2,7 +2,7 @@
 buffer, and before the first token the window. In plain tensor code (`delta_net.causal_conv`, the twin) both are copied
 into one buffer first."""
 from tinygrad import Tensor
-from tinygrad.uop.ops import KernelInfo, UOp
+from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import gemm_tuning, tuning
 from minillama.kernels.block import const
@@ -26,10 +26,11 @@ def conv(inputs: Column, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     (buffer, first), (channels, width) = inputs, weight.shape
     tokens, device = buffer.shape[0], buffer.device
     threads = tuning.shares_memory(device)
+    kind = AxisType.WEAK if threads else AxisType.THREAD    # cores share a kernel by its blocks
     weight = weight if threads else weight.transpose(0, 1).contiguous()
 
     def kernel(out: UOp, buffer: UOp, window: UOp, weight: UOp) -> UOp:
-        block, channel, xs = UOp.range(tokens // TOKENS, 0), UOp.range(channels, 1), []
+        block, channel, xs = UOp.range(tokens // TOKENS, 0, kind), UOp.range(channels, 1), []
         for n in range(1 - width, TOKENS):
             row, old = block * TOKENS + n, const(n + width - 1)
             if n < 0:

@@ -10,7 +10,7 @@ of a key or of a value, is one number for all, and no sum or maximum is one over
 from collections.abc import Callable
 
 from tinygrad import Tensor
-from tinygrad.uop.ops import KernelInfo, UOp
+from tinygrad.uop.ops import UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import const
@@ -36,11 +36,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
 
     def kernel(out: UOp, q: UOp, keys: UOp, values: UOp, gate_: UOp, position: UOp) -> UOp:
         steps = Steps()
-        head, block = here = steps.parts(heads), steps.parts(tokens // count)
+        head, block = steps.each(heads, shared=True), steps.each(tokens // count)
         own, first = head // (heads // kv_heads), block * count
         start = number(position.index(const(0)), positions) + first         # position of the first query
-        asked, told, scores = (steps.room(size, count, of=here) for size in (dim, dim, POSITIONS))
-        high, total, scale = (steps.room(count, of=here) for _ in range(3))
+        asked, told, scores = (steps.room(size, count) for size in (dim, dim, POSITIONS))
+        high, total, scale = (steps.room(count) for _ in range(3))
 
         def product(sums: UOp, rows: int, terms: int, left: Callable[[UOp, UOp], UOp], right: UOp) -> None:
             """sums (rows, count) plus left (rows, terms) times right (terms, count)."""
@@ -58,7 +58,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         d, i = loops = steps.loop(dim), steps.loop(count)
         steps.do(loops, steps.now(told).index(d, i).store(real(0)))
 
-        turn, n = steps.repeat(positions // POSITIONS, here)
+        turn, n = steps.repeat(positions // POSITIONS)
         p, i = loops = steps.loop(POSITIONS), steps.loop(count)
         steps.do(loops, steps.now(scores, turn).index(p, i).store(real(0)))
         product(scores, POSITIONS, dim, lambda p, d: keys.index(n * POSITIONS + p, own, d).load(), steps.now(asked))
@@ -90,5 +90,5 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         y = steps.now(told).index(d, i).load() / steps.now(total).index(i).load()
         strength = gate_.index(first + i, gate[1] + head * stride + d).load().sigmoid()
         steps.do(loops, out.index(first + i, head * dim + d).store(y * strength))
-        return steps.end(*here).sink(arg=KernelInfo(f"attend_{tokens}_{heads}_{dim}_{positions}", opts_to_apply=()))
+        return steps.kernel(f"attend_{tokens}_{heads}_{dim}_{positions}")
     return result(tokens, heads * dim, like=q).custom_kernel(q, keys, values, gate[0], position, fxn=kernel)[0]

@@ -56,13 +56,13 @@ def group(ids: Tensor, experts: int) -> Groups:
     def place_in_turn(places: UOp, flat: UOp, firsts: UOp) -> UOp:
         """One after the other, in one thread: each expert's next free place is remembered."""
         steps = Steps()
-        free, expert = steps.room(experts, of=(), dtype=dtypes.int32), steps.loop(experts)
+        free, expert = steps.room(experts, dtype=dtypes.int32), steps.loop(experts)
         steps.do((expert,), free.index(expert).store(firsts.index(expert).load() * tile))
         mine = steps.loop(assignments)
         cell = steps.now(free, mine).index(number(flat.index(mine), experts))
         place = cell.load()
         steps.do((mine,), places.index(mine).store(place), cell.store(place + 1))
-        return steps.done[0].sink(arg=KernelInfo(f"place_{assignments}", opts_to_apply=()))
+        return steps.kernel(f"place_{assignments}")
 
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)

@@ -7,6 +7,7 @@ from minillama.kernels import tuning
 from minillama.kernels.block import mean_of_threads
 from minillama.kernels.product import Column, result
 from minillama.kernels.steps import Steps
+from minillama.kernels.tuning import FEW
 
 THREADS = 128
 
@@ -31,12 +32,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
         steps = Steps()
-        token = steps.parts(tokens)
-        square = steps.sum(dim, lambda place: x.index(token, place).load().square(), (token,))
+        token = steps.each(tokens, shared=tokens > FEW)
+        square = steps.sum(dim, lambda place: x.index(token, place).load().square())
         place = steps.loop(dim)
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         steps.do((place,), out.index(token, place).store(value))
-        return steps.end(token).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
+        return steps.kernel(f"rms_norm_{tokens}_{dim}")
     together = tuning.shares_memory(x.device) and dim % THREADS == 0
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]
 
@@ -53,11 +54,11 @@ def gated(x: Tensor, weight: Tensor, eps: float, gate: Column) -> Tensor:
 
     def kernel(out: UOp, x: UOp, weight: UOp, gate: UOp) -> UOp:
         steps = Steps()
-        token, head = here = steps.parts(tokens), steps.parts(heads)
-        square = steps.sum(dim, lambda place: x.index(token, head, place).load().square(), here)
+        token, head = steps.each(tokens, shared=True), steps.each(heads)
+        square = steps.sum(dim, lambda place: x.index(token, head, place).load().square())
         place = steps.loop(dim)
         value = x.index(token, head, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         at = head * dim + place
         steps.do((place,), out.index(token, at).store(value * gate.index(token, at + first).load().silu()))
-        return steps.end(*here).sink(arg=KernelInfo(f"gated_norm_{tokens}_{heads}_{dim}", opts_to_apply=()))
+        return steps.kernel(f"gated_norm_{tokens}_{heads}_{dim}")
     return result(tokens, heads * dim, like=x).custom_kernel(x, weight, source, fxn=kernel)[0]

@@ -7,7 +7,7 @@ token, to read and to write. The innermost loops run along its columns and are l
 vectors of them.
 """
 from tinygrad import Tensor
-from tinygrad.uop.ops import KernelInfo, UOp
+from tinygrad.uop.ops import UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.product import result
@@ -30,12 +30,12 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: T
 
     def kernel(out: UOp, memory: UOp, q: UOp, k: UOp, v: UOp, keep: UOp, beta: UOp, state: UOp) -> UOp:
         steps = Steps()
-        head = steps.parts(heads)
+        head = steps.each(heads, shared=True)
         own = head // (heads // keys)
         row, column = loops = steps.loop(dim), steps.loop(dim)
         steps.do(loops, memory.index(head, row, column).store(state.index(head, row, column).load()))
         t = steps.loop(tokens)
-        kept, strength, new = keep.index(t, head).load(), beta.index(t, head).load(), steps.room(dim, of=(head, t))
+        kept, strength, new = keep.index(t, head).load(), beta.index(t, head).load(), steps.room(dim)
 
         # what the key holds now: S·k
         column = steps.loop(dim)
@@ -63,6 +63,7 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: T
         told = steps.now(out, block).index(t, head, column)
         steps.do(loops, told.store(told.load() + read), *(
             cell.store(value) for cell, value in zip(cells, values, strict=True)))
-        return steps.end(head, t).sink(arg=KernelInfo(f"recurrence_{tokens}_{heads}_{dim}", opts_to_apply=()))
+        steps.end(t)
+        return steps.kernel(f"recurrence_{tokens}_{heads}_{dim}")
     out, memory = result(tokens, heads, dim, like=v), result(heads, dim, dim, like=v)
     return tuple(out.custom_kernel(memory, q, k, v, keep, beta, state, fxn=kernel)[:2])

@@ -7,13 +7,14 @@ x86 with AVX-512: SiLU of 262,144 numbers took 85 µs as a loop, 830 with four o
 from collections.abc import Callable
 
 from tinygrad.dtype import AddrSpace, DType, dtypes
-from tinygrad.uop.ops import AxisType, UOp
+from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels.block import const
 from minillama.kernels.product import number
 from minillama.kernels.tuning import fitting
 
 ROOM = 100          # number of the first buffer
+CORES = 16          # that can share a kernel, at most
 BESIDE, AT_ONCE = 16, 4     # sums side by side that add up a row, and terms that each of them takes in a turn
 
 
@@ -27,6 +28,7 @@ class Steps:
 
     def __init__(self) -> None:
         self.done: tuple[UOp, ...] = ()
+        self.around: list[UOp] = []
         self.loops = self.rooms = 0
 
     def loop(self, size: int, kind: AxisType = AxisType.REDUCE) -> UOp:
@@ -34,35 +36,45 @@ class Steps:
         self.loops += 1
         return UOp.range(size, self.loops - 1, kind)
 
-    def parts(self, size: int) -> UOp:
-        """The same, of one that makes another part of the result in each turn."""
-        return self.loop(size, AxisType.WEAK)
+    def each(self, size: int, shared: bool = False) -> UOp:
+        """The counter of a loop around all steps that follow: over parts of the result. The first such loop can be
+        `shared` by a CPU's cores (`cpu_graph`); where there are work groups they do one part each."""
+        cores = fitting(CORES, size) if shared else 1
+        part = self.loop(cores, AxisType.THREAD) if cores > 1 else const(0)
+        rest = self.loop(size // cores, AxisType.WEAK)
+        self.around += [part] if cores > 1 else []
+        self.around.append(rest)
+        return part * (size // cores) + rest
 
-    def room(self, *shape: int, of: tuple[UOp, ...], dtype: DType = dtypes.float32) -> UOp:
-        """A buffer, its own in each turn of the loops that it is `of`."""
+    def room(self, *shape: int, dtype: DType = dtypes.float32) -> UOp:
+        """A buffer for each of those parts."""
         self.rooms += 1
-        return UOp.placeholder(shape, dtype, ROOM + self.rooms, AddrSpace.REG).after(*of)
+        return UOp.placeholder(shape, dtype, ROOM + self.rooms, AddrSpace.REG).after(*self.around)
 
     def now(self, buffer: UOp, *loops: UOp) -> UOp:
         """A buffer as the steps so far have left it, and the turns so far of the loops that it is now in."""
         return buffer.after(*self.done, *loops)
 
-    def do(self, loops: tuple[UOp, ...], *stores: UOp) -> UOp:
+    def do(self, loops: tuple[UOp, ...], *stores: UOp) -> None:
         """A step: stores in nested loops, the outer one first."""
         self.done = (UOp.group(*stores),)
-        return self.end(*loops)
+        self.end(*loops)
 
-    def end(self, *loops: UOp) -> UOp:
-        """All steps so far are in these loops, which end here."""
+    def end(self, *loops: UOp) -> None:
+        """The steps since these loops began are in them."""
         for loop in reversed(loops):
             self.done = (self.done[0].end(loop),)
-        return self.done[0]
 
-    def sum(self, size: int, term: Callable[[UOp], UOp], of: tuple[UOp, ...]) -> UOp:
+    def kernel(self, name: str) -> UOp:
+        """All of them."""
+        self.end(*self.around)
+        return self.done[0].sink(arg=KernelInfo(name, opts_to_apply=()))
+
+    def sum(self, size: int, term: Callable[[UOp], UOp]) -> UOp:
         """The sum of so many terms, by number. (One sum would be a chain of additions, and none of it a vector.)"""
         beside = fitting(BESIDE, size)
         turns = fitting(AT_ONCE, size // beside)
-        sums, place = self.room(beside, of=of), self.loop(beside)
+        sums, place = self.room(beside), self.loop(beside)
         self.do((place,), self.now(sums).index(place).store(real(0)))
         turn, place = loops = self.loop(size // beside // turns), self.loop(beside)
         cell = self.now(sums, turn).index(place)
@@ -72,17 +84,16 @@ class Steps:
             parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
-    def repeat(self, most: int, of: tuple[UOp, ...]) -> tuple[UOp, UOp]:
+    def repeat(self, most: int) -> tuple[UOp, UOp]:
         """A loop whose end is said last, and the number of its turn, below `most`. (tinygrad 0.14 cannot render a range
         whose size depends on another one.)"""
         self.loops += 1
-        loop, turns = UOp.loop(self.loops - 1), self.room(1, of=of, dtype=dtypes.int32)
+        loop, turns = UOp.loop(self.loops - 1), self.room(1, dtype=dtypes.int32)
         self.do((), self.now(turns).index(const(0)).store(UOp.const(0, dtypes.int32)))
         self.turns = self.now(turns, loop)
         return loop, number(self.turns.index(const(0)), most)
 
-    def until(self, loop: UOp, turn: UOp, count: UOp) -> UOp:
+    def until(self, loop: UOp, turn: UOp, count: UOp) -> None:
         """The steps so far are in that loop, which has `count` turns, one at least."""
         self.do((), self.turns.after(*self.done).index(const(0)).store((turn + 1).cast(dtypes.int32)))
         self.done = (self.done[0].end(loop, turn + 1 < count),)
-        return self.done[0]
