@@ -15,7 +15,7 @@ from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, number, result
 from minillama.kernels.softmax import NOWHERE, largest, largest_of_threads
 from minillama.kernels.steps import Steps
-from minillama.kernels.sums import added, counter
+from minillama.kernels.sums import added
 from minillama.kernels.tuning import fitting
 
 program_cache.install()     # which counts loops of unknown length

@@ -21,8 +21,8 @@ def conv(inputs: Column, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     weight (channels, width). Returns (tokens, channels), and the buffer after it was read: what else reads it should
     wait, or tinygrad 0.14 copies it first.
 
-    A thread of a GPU reads only what it needs. A CPU's compiler makes vectors of neighbouring channels if they lie side
-    by side and are read in any case."""
+    A thread of a GPU reads only what it needs. A CPU's compiler makes vectors of neighbouring channels, if they lie
+    side by side and are read in any case."""
     (buffer, first), (channels, width) = inputs, weight.shape
     tokens, device = buffer.shape[0], buffer.device
     threads = tuning.shares_memory(device)

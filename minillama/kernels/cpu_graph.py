@@ -26,8 +26,8 @@ from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.ops_cpu import MAX_ARGS
 from tinygrad.uop.ops import UOp
 
-HEAD = 5                        # words before a kernel's arguments: its address, their number, that of its parts, and
-TAKEN, DONE = 3, 4              # how many of those are taken, and how many done; then follow the arguments of each part
+HEAD = 5                        # words before a kernel's arguments: its address, their number, that of its parts,
+TAKEN, DONE = 3, 4              # and how many of these are taken and done; then come the arguments, for each part
 SIZES = (8, 16, MAX_ARGS)       # arguments of a call in C
 PATIENCE = 2000                 # looks at what others do before their core is lent to whoever needs it
 
@@ -61,9 +61,9 @@ void replay(word* at, word count, word alone, void (*rest)(void)) {{
 
 
 @cache
-def helpers() -> ThreadPoolExecutor:
-    """Threads for all cores but one."""
-    return ThreadPoolExecutor(NUM_CPU_THREADS.value - 1)
+def helpers(count: int) -> ThreadPoolExecutor:
+    """Threads for so many cores, one more of which is that of the caller."""
+    return ThreadPoolExecutor(count)
 
 
 class CPUGraph(GraphRunner):
@@ -106,7 +106,8 @@ class CPUGraph(GraphRunner):
         began = time.perf_counter()
         if self.threads > 1:
             self.words[self.heads + TAKEN] = self.words[self.heads + DONE] = 0
-            self.helping = [helpers().submit(self.run) for _ in range(self.threads - 1)]
+            others = self.threads - 1
+            self.helping = [helpers(others).submit(self.run) for _ in range(others)]
         self.run()
         return time.perf_counter() - began if wait else None
 

@@ -1,11 +1,11 @@
-"""Attention for a prompt where a core does a head by itself: scores never leave its nearest cache.
+"""Attention for a prompt, for CPUs: a core does a head by itself, and scores never leave its nearest cache.
 
-Some queries of one head go through the cache in blocks of positions, in one pass: of each the largest score so far, the
-sum of the weights and the sum of the weighed values are kept, and when a larger score turns up, both sums are scaled
-down. Source: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, "FlashAttention".
+Some queries go through keys and values in blocks of positions, in one pass: each keeps its largest score so far, the
+sum of its weights and that of its weighed values; when a larger score turns up, both sums are scaled down. Source:
+Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, "FlashAttention".
 
-In every buffer the queries lie side by side, and innermost loops run along them: what belongs to a position, be it part
-of a key or of a value, is one number for all, and no sum or maximum is one over neighbours.
+In every buffer the queries lie side by side, and innermost loops run along them (`steps.py`): what they need of a key
+or of a value is the same number for all, and no sum or maximum is one over neighbours.
 """
 from collections.abc import Callable
 
@@ -21,11 +21,11 @@ from minillama.kernels.tuning import fitting
 
 QUERIES = 64        # at once
 POSITIONS = 64      # of a block
-SIDE = 4            # of a square of factors that a loop multiplies at once: what it loads and stores serves all of them
+SIDE = 4            # of a square of products that a loop adds at once: what it loads and stores serves them all
 
 
 def fits(device: str, tokens: int, positions: int) -> bool:
-    """Whether this is how to do so many queries over a cache of so many positions: where threads share no memory."""
+    """Whether this is the form for so many queries over a cache: where threads share no memory."""
     return not tuning.shares_memory(device) and tokens > 1 and positions % POSITIONS == 0
 
 

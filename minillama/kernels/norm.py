@@ -1,5 +1,5 @@
-"""RMS norm as one kernel, also with what gates its result. Plain tensor code takes two: one for the sum of squares, one
-for what it scales."""
+"""RMS norm as one kernel, also with what gates its result. Plain tensor code takes two: one for the sum of squares,
+one for what it scales."""
 from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 

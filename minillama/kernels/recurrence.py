@@ -1,10 +1,9 @@
-"""The delta rule for a prompt, token by token in one kernel, where a core does a head by itself: the memory stays in its
-nearest cache.
+"""The delta rule for a prompt, token by token in one kernel, for CPUs: a core does a head by itself, and the memory
+stays in its nearest cache.
 
-Chunks (`chunks.py`; `delta_net.chunked` is the twin) keep matrix units busy and threads from waiting for each other. A
-core that has neither loses by them: they take more operations than the rule itself, which goes over the memory twice a
-token, to read and to write. The innermost loops run along its columns and are left to the compiler, which makes
-vectors of them.
+Chunks (`chunks.py`; `delta_net.chunked` is the twin) keep matrix units busy, and threads from waiting for each other.
+A core has neither, and loses by them: they take more operations than the rule itself, which goes over the memory twice
+a token, once to read and once to write. The innermost loops run along its columns (`steps.py`).
 """
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
@@ -18,7 +17,7 @@ ROWS = 4            # of the memory that a loop does at once: what it adds them 
 
 
 def fits(device: str, tokens: int) -> bool:
-    """Whether this is how to do so many tokens on a device: where threads share no memory."""
+    """Whether this is the form for so many tokens on a device: where threads share no memory."""
     return not tuning.shares_memory(device) and tokens > 1
 
 

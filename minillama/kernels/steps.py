@@ -1,8 +1,10 @@
-"""Kernels for a core that does something from start to end: loops one after the other, over buffers in its nearest cache.
+"""Kernels in steps: loops one after the other, over buffers in a core's nearest cache. For CPUs, which have no threads
+that share memory, but caches that keep what the next loop needs.
 
-Their innermost loops run along neighbours that do not need each other, and are left as they are: compilers make vectors
-of such loops by themselves, of exponentials, too, which they do not find again in what tinygrad unrolls (measured on an
-x86 with AVX-512: SiLU of 262,144 numbers took 85 µs as a loop, 830 with four of them a turn).
+Innermost loops run along neighbours that do not need each other, and are left as they are: compilers make vectors of
+such loops by themselves, of exponentials, too, but do not find them again in what tinygrad unrolls (measured on an x86
+with AVX-512: SiLU of 262,144 numbers took 85 µs as a loop, 830 with four of them a turn). Where a row is to be added
+up, several sums stand side by side.
 """
 from collections.abc import Callable
 
@@ -37,14 +39,12 @@ class Steps:
         return UOp.range(size, self.loops - 1, kind)
 
     def each(self, size: int, shared: bool = False) -> UOp:
-        """The counter of a loop around all steps that follow: over parts of the result. The first such loop can be
-        `shared` by a CPU's cores (`cpu_graph`); where there are work groups they do one part each."""
+        """The counter of a loop around all steps that follow, over parts of the result. One such loop can be `shared`
+        by a CPU's cores (`cpu_graph`); with OpenCL, work groups share all of them."""
         cores = fitting(CORES, size) if shared else 1
-        part = self.loop(cores, AxisType.THREAD) if cores > 1 else const(0)
-        rest = self.loop(size // cores, AxisType.WEAK)
-        self.around += [part] if cores > 1 else []
-        self.around.append(rest)
-        return part * (size // cores) + rest
+        core, part = self.loop(cores, AxisType.THREAD), self.loop(size // cores, AxisType.WEAK)
+        self.around += [core, part]
+        return core * (size // cores) + part
 
     def room(self, *shape: int, dtype: DType = dtypes.float32) -> UOp:
         """A buffer for each of those parts."""
@@ -85,8 +85,8 @@ class Steps:
         return parts[0]
 
     def repeat(self, most: int) -> tuple[UOp, UOp]:
-        """A loop whose end is said last, and the number of its turn, below `most`. (tinygrad 0.14 cannot render a range
-        whose size depends on another one.)"""
+        """A loop whose end is said last, and the number of its turn, below `most`. (tinygrad 0.14 cannot render a
+        range whose size depends on another one.)"""
         self.loops += 1
         loop, turns = UOp.loop(self.loops - 1), self.room(1, dtype=dtypes.int32)
         self.do((), self.now(turns).index(const(0)).store(UOp.const(0, dtypes.int32)))
