@@ -73,7 +73,7 @@ def test_an_engine_gives_the_same_logits_and_texts_with_and_without_graphs(draft
 @pytest.mark.parametrize("cores", (1, 2, 5))
 def test_cores_that_share_kernels_do_each_part_once_and_in_order(cores):
     def kernel(out: UOp, x: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(Device.DEFAULT)
         row, column = steps.each(48, shared=True), steps.loop(8)
         cell = out.index(row, column)
         steps.do((column,), cell.store(cell.load() * 2 + x.index(row, column).load()))

@@ -80,7 +80,7 @@ def test_a_sum_in_a_kernel_has_all_terms_in_each_part(size, parts):
     x = tensor(parts, size)
 
     def kernel(out: UOp, x: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(Device.DEFAULT)
         part = steps.each(parts, shared=True)
         total = steps.sum(size, lambda place: x.index(part, place).load())
         steps.do((), out.index(part).store(total))
@@ -93,7 +93,7 @@ def test_a_loop_can_end_at_a_number_that_another_loop_knows():
     counts = Tensor([1, 7, 3, 8], dtype=dtypes.int32).realize()
 
     def kernel(out: UOp, counts: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(Device.DEFAULT)
         row = steps.each(4)
         steps.do((), out.index(row).store(real(0)))
         loop, turn = steps.repeat(8)

@@ -61,7 +61,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
     block does one head of one token, or a loop does. Returns `out`, and the other cache where there is one.
     """
     source, first = x
-    tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
+    tokens, dim, half, device = source.shape[0], norm.shape[0], table.shape[-1], source.device
     more = [] if beside is None else [beside[1], beside[0][0]]
     name = f"rotate_{'store_' if more else ''}{tokens}_{heads}_{dim}"
 
@@ -88,7 +88,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
 
     def by_loops(out: UOp, *given: UOp) -> UOp:
         source, norm, table, position = given[len(more) // 2:][:4]
-        steps = Steps()
+        steps = Steps(device)
         token, head = steps.each(tokens, shared=tokens > tuning.FEW), steps.each(heads)
         at, row = head * stride + first, number(position.index(const(0)), table.shape[0] - tokens + 1) + token
         square = steps.sum(dim, lambda place: source.index(token, at + place).load().square())
@@ -111,7 +111,7 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
             as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
             steps.do((place,), steps.now(given[0]).index(row, head, place).store(as_it_is))
         return steps.kernel(name)
-    kernel = by_threads if tuning.shares_memory(source.device) and dim <= 1024 else by_loops
+    kernel = by_threads if tuning.shares_memory(device) and dim <= 1024 else by_loops
     return out.custom_kernel(*more[:1], source, norm, table, position, *more[1:], fxn=kernel)[:1 + len(more) // 2]
 
 

@@ -2,7 +2,7 @@
 buffer, and before the first token the window. In plain tensor code (`delta_net.causal_conv`, the twin) both are copied
 into one buffer first."""
 from tinygrad import Tensor
-from tinygrad.uop.ops import AxisType, KernelInfo, UOp
+from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import gemm_tuning, tuning
 from minillama.kernels.block import const
@@ -26,7 +26,7 @@ def conv(inputs: Column, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     (buffer, first), (channels, width) = inputs, weight.shape
     tokens, device = buffer.shape[0], buffer.device
     threads = tuning.shares_memory(device)
-    kind = AxisType.WEAK if threads else AxisType.THREAD    # cores share a kernel by its blocks
+    kind = tuning.between_cores(device)
     weight = weight if threads else weight.transpose(0, 1).contiguous()
 
     def kernel(out: UOp, buffer: UOp, window: UOp, weight: UOp) -> UOp:

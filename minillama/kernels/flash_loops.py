@@ -32,10 +32,10 @@ def fits(device: str, tokens: int, positions: int) -> bool:
 def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, position: Tensor) -> Tensor:
     """As `attention.attend_twin`; the gate of a head lies at gate + head * stride."""
     (tokens, heads, dim), (positions, kv_heads, _) = q.shape, keys.shape
-    count, side = fitting(QUERIES, tokens), fitting(SIDE, dim)
+    count, side, device = fitting(QUERIES, tokens), fitting(SIDE, dim), q.device
 
     def kernel(out: UOp, q: UOp, keys: UOp, values: UOp, gate_: UOp, position: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(device)
         head, block = steps.each(heads, shared=True), steps.each(tokens // count)
         own, first = head // (heads // kv_heads), block * count
         start = number(position.index(const(0)), positions) + first         # position of the first query

@@ -55,7 +55,7 @@ def group(ids: Tensor, experts: int) -> Groups:
 
     def place_in_turn(places: UOp, flat: UOp, firsts: UOp) -> UOp:
         """One after the other, in one thread: each expert's next free place is remembered."""
-        steps = Steps()
+        steps = Steps(ids.device)
         free, expert = steps.room(experts, dtype=dtypes.int32), steps.loop(experts)
         steps.do((expert,), free.index(expert).store(firsts.index(expert).load() * tile))
         mine = steps.loop(assignments)

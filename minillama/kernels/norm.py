@@ -19,7 +19,7 @@ def rms_norm_twin(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the twin. A block of threads does one token: it reads x and the weight once and writes the result once."""
-    tokens, dim = x.shape
+    (tokens, dim), device = x.shape, x.device
 
     def by_block(out: UOp, x: UOp, weight: UOp) -> UOp:
         token, lane = UOp.range(tokens, 0), UOp.range(THREADS, 1, AxisType.LOCAL)
@@ -31,14 +31,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return UOp.group(*stores).end(token, lane).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
 
     def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(device)
         token = steps.each(tokens, shared=tokens > FEW)
         square = steps.sum(dim, lambda place: x.index(token, place).load().square())
         place = steps.loop(dim)
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         steps.do((place,), out.index(token, place).store(value))
         return steps.kernel(f"rms_norm_{tokens}_{dim}")
-    together = tuning.shares_memory(x.device) and dim % THREADS == 0
+    together = tuning.shares_memory(device) and dim % THREADS == 0
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]
 
 
@@ -50,10 +50,10 @@ def gated_twin(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
 
 def gated(x: Tensor, weight: Tensor, eps: float, gate: Column) -> Tensor:
     """As the twin, by loops: for devices whose threads share no memory."""
-    (tokens, heads, dim), (source, first) = x.shape, gate
+    (tokens, heads, dim), (source, first), device = x.shape, gate, x.device
 
     def kernel(out: UOp, x: UOp, weight: UOp, gate: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(device)
         token, head = steps.each(tokens, shared=True), steps.each(heads)
         square = steps.sum(dim, lambda place: x.index(token, head, place).load().square())
         place = steps.loop(dim)

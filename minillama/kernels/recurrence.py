@@ -24,11 +24,11 @@ def fits(device: str, tokens: int) -> bool:
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:
     """The gated delta rule; arguments and results as `delta_net.recurrent`."""
     (tokens, heads, dim), keys = v.shape, k.shape[1]
-    rows = fitting(ROWS, dim)
+    rows, device = fitting(ROWS, dim), v.device
     q, k, v, keep, beta, state = (x.contiguous() for x in (q, k, v, g.exp(), beta, state))
 
     def kernel(out: UOp, memory: UOp, q: UOp, k: UOp, v: UOp, keep: UOp, beta: UOp, state: UOp) -> UOp:
-        steps = Steps()
+        steps = Steps(device)
         head = steps.each(heads, shared=True)
         own = head // (heads // keys)
         row, column = loops = steps.loop(dim), steps.loop(dim)

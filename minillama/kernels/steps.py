@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tinygrad.dtype import AddrSpace, DType, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
+from minillama.kernels import tuning
 from minillama.kernels.block import const
 from minillama.kernels.product import number
 from minillama.kernels.tuning import fitting
@@ -28,7 +29,8 @@ def real(x: float) -> UOp:
 class Steps:
     """The steps of a kernel, each of which waits for the one before; and its loops and buffers, numbered."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device = device
         self.done: tuple[UOp, ...] = ()
         self.around: list[UOp] = []
         self.loops = self.rooms = 0
@@ -41,8 +43,9 @@ class Steps:
     def each(self, size: int, shared: bool = False) -> UOp:
         """The counter of a loop around all steps that follow, over parts of the result. One such loop can be `shared`
         by a CPU's cores (`cpu_graph`); with OpenCL, work groups share all of them."""
-        cores = fitting(CORES, size) if shared else 1
-        core, part = self.loop(cores, AxisType.THREAD), self.loop(size // cores, AxisType.WEAK)
+        kind = tuning.between_cores(self.device) if shared else AxisType.WEAK
+        cores = fitting(CORES, size) if kind is AxisType.THREAD else 1
+        core, part = self.loop(cores, kind), self.loop(size // cores, AxisType.WEAK)
         self.around += [core, part]
         return core * (size // cores) + part
 

@@ -13,6 +13,7 @@ from functools import cache
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import Context
+from tinygrad.uop.ops import AxisType
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,12 @@ def shares_memory(device: str) -> bool:
     is tried its device is a CPU (PoCL), for which a block is a loop: so written, a delta step took four times as long.
     """
     return backend(device) in SHARING
+
+
+def between_cores(device: str) -> AxisType:
+    """The kind of a loop over parts of a kernel that cores may share: on a CPU one that tells tinygrad so, whose parts
+    our own graph gives to cores (`cpu_graph`); elsewhere any outer loop."""
+    return AxisType.THREAD if device.split(":")[0] == "CPU" else AxisType.WEAK
 
 
 def widens_halves(device: str) -> bool:
