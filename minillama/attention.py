@@ -6,7 +6,7 @@ from tinygrad import Tensor, UOp
 
 from minillama.config import ModelConfig
 from minillama.kernels import attention as kernels
-from minillama.kernels import flash, tensor_cores, tuning
+from minillama.kernels import flash, flash_loops, tensor_cores, tuning
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Column, Normed
 from minillama.kernels.tuning import FEW
@@ -110,8 +110,9 @@ def can_step(config: ModelConfig, cache: KVCache) -> bool:
 
 def can_flash(tokens: int, config: ModelConfig, cache: KVCache) -> bool:
     """Whether `attention_step` can attend for a prompt: for so many tokens, over such a cache."""
-    return tokens > FEW and flash.fits(cache.keys.device, tokens, config.heads, *cache.keys.shape[1:],
-                                       cache.keys.shape[0])
+    positions, kv_heads, dim = cache.keys.shape
+    return tokens > FEW and (flash.fits(cache.keys.device, tokens, config.heads, kv_heads, dim, positions)
+                             or flash_loops.fits(cache.keys.device, tokens, positions))
 
 
 def attention_step(x: Tensor | Normed, w: AttentionWeights, config: ModelConfig, table: Tensor, cache,
@@ -126,7 +127,8 @@ def attention_step(x: Tensor | Normed, w: AttentionWeights, config: ModelConfig,
     turned, = kernels.rotated((q, at), w.q_norm, c.norm_eps, table, c.heads, 2 * c.head_dim, position, turned)
     rows, values = cached_heads(k, v, w, config, table, cache, position)
     if can_flash(tokens, c, cache):
-        y = flash.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
+        form = flash if tuning.shares_memory(x.device) else flash_loops
+        y = form.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     elif can_step(c, cache):
         y = kernels.attend(turned, rows, values, (q, at + c.head_dim), 2 * c.head_dim, position)
     else:

@@ -8,7 +8,7 @@ from tinygrad import Tensor
 
 from minillama.config import ModelConfig
 from minillama.kernels import chunks as chunk_kernels
-from minillama.kernels import conv
+from minillama.kernels import conv, norm, recurrence, tuning
 from minillama.kernels import delta as kernels
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Normed
@@ -89,10 +89,11 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Ten
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`chunked`, where threads can share memory with two kernels in place of its solving and its loop. Arguments and
-    results as `recurrent`; no gradients pass through the kernels."""
-    form = chunk_kernels.chunked if chunk_kernels.fits(q.device, *v.shape[::2]) else chunked
-    return form(q, k, v, g, beta, state)
+    """The rule by hand: `chunked`, where threads can share memory with two kernels in place of its solving and its
+    loop; elsewhere `recurrent` in one. Arguments and results as these; no gradients pass through the kernels."""
+    if chunk_kernels.fits(q.device, *v.shape[::2]):
+        return chunk_kernels.chunked(q, k, v, g, beta, state)
+    return (recurrence.recurrent if recurrence.fits(q.device, v.shape[0]) else chunked)(q, k, v, g, beta, state)
 
 
 def inverse_of_unit_lower(lower: Tensor) -> Tensor:
@@ -136,11 +137,13 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     """
     tokens, c = x.shape[0], config
     widths = (c.conv_channels, c.value_width, c.v_heads, c.v_heads)
-    if isinstance(w.inputs[0], Packed) and x.ndim == 2 and conv.fits(x.device, tokens):
+    by_hand = isinstance(w.inputs[0], Packed) and x.ndim == 2 and conv.fits(tokens)
+    if by_hand:
         runs, window = columns(x, w.inputs, widths), window.contiguous()
-        qkv, buffer = conv.conv(runs[0], window, w.conv)
-        channels, z, b, a = ((buffer if y is runs[0][0] else y)[:, at:at + width]
-                             for (y, at), width in zip(runs, widths, strict=True))
+        source, first = runs[0]
+        qkv, buffer = conv.conv((source.contiguous(), first), window, w.conv)
+        runs = [(buffer if y is source else y, at) for y, at in runs]
+        channels, z, b, a = (y[:, at:at + width] for (y, at), width in zip(runs, widths, strict=True))
         past = window.cat(channels, dim=0)
     else:
         channels, z, b, a = project(x, w.inputs, widths)
@@ -153,7 +156,10 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     if valid is not None:
         g, beta = g * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
     out, state = delta(l2_norm(q), l2_norm(k), v, g, beta, state)           # (tokens, v_heads, dim)
-    gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()
+    if by_hand and not tuning.shares_memory(x.device):
+        gated = norm.gated(out, w.norm, c.norm_eps, runs[1])
+    else:
+        gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()
     return linear(gated.reshape(*x.shape[:-1], c.value_width), w.out), past, state
 
 

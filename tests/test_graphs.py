@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 from arrays import numbers, tensor
-from tinygrad import Device, Tensor, TinyJit, UOp
+from tinygrad import Context, Device, Tensor, TinyJit, UOp
 from tinygrad.uop.ops import Ops
 
 from minillama.engine import Engine
 from minillama.kernels import tuning
+from minillama.kernels.steps import Steps
 from minillama.measure import calls_of
 from minillama.recipe import Recipe
 from minillama.shapes import random_weights, shape_config
@@ -66,6 +67,32 @@ def test_an_engine_gives_the_same_logits_and_texts_with_and_without_graphs(draft
         found.append((np.stack(rows), list(engine.generate([3, 4], 12))))
         assert bool(graphs(engine.steps["logits", 1])) == (launches == "early")
     assert np.array_equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+@pytest.mark.skipif(Device.DEFAULT != "CPU", reason="elsewhere a device shares kernels by itself")
+@pytest.mark.parametrize("cores", (1, 2, 5))
+def test_cores_that_share_kernels_do_each_part_once_and_in_order(cores):
+    def kernel(out: UOp, x: UOp) -> UOp:
+        steps = Steps(Device.DEFAULT)
+        row, column = steps.each(48, shared=True), steps.loop(8)
+        cell = out.index(row, column)
+        steps.do((column,), cell.store(cell.load() * 2 + x.index(row, column).load()))
+        return steps.kernel("test_parts")
+
+    def form(x: Tensor) -> Tensor:
+        y = (x * 0).contiguous()
+        for _ in range(40):                             # each waits for the one before
+            y = y.custom_kernel(x, fxn=kernel)[0]
+        return (y + 1).contiguous().realize()
+    jit = captured(form)
+    with Context(NUM_CPU_THREADS=cores), tuning.launches(None, early=True):
+        jit(tensor(48, 8))
+    assert sum(graphs(jit)) >= 42
+    for seed in range(20):
+        want, x = 0, numbers(48, 8, seed=seed)
+        for _ in range(40):
+            want = want * 2 + x
+        assert np.allclose(jit(tensor(48, 8, seed=seed)).numpy(), want + 1, rtol=1e-5)
 
 
 def test_a_device_is_left_as_it_was_also_after_an_error():

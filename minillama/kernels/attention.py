@@ -14,7 +14,8 @@ from minillama.kernels import long_attention, tuning
 from minillama.kernels.block import const, mean_of_threads, shared_memory
 from minillama.kernels.product import Column, number, result
 from minillama.kernels.softmax import NOWHERE, largest, largest_of_threads
-from minillama.kernels.sums import added, counter
+from minillama.kernels.steps import Steps
+from minillama.kernels.sums import added
 from minillama.kernels.tuning import fitting
 
 program_cache.install()     # which counts loops of unknown length
@@ -60,22 +61,19 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
     block does one head of one token, or a loop does. Returns `out`, and the other cache where there is one.
     """
     source, first = x
-    tokens, dim, half = source.shape[0], norm.shape[0], table.shape[-1]
+    tokens, dim, half, device = source.shape[0], norm.shape[0], table.shape[-1], source.device
     more = [] if beside is None else [beside[1], beside[0][0]]
-    together = tuning.shares_memory(source.device) and dim <= 1024
+    name = f"rotate_{'store_' if more else ''}{tokens}_{heads}_{dim}"
 
-    def kernel(out: UOp, *given: UOp) -> UOp:
+    def by_threads(out: UOp, *given: UOp) -> UOp:
         source, norm, table, position = given[len(more) // 2:][:4]
-        token, head = UOp.range(tokens, 0), UOp.range(heads, 1)
-        place = UOp.range(dim, 2, AxisType.LOCAL if together else AxisType.WEAK)
-        term = place if together else counter(dim, 3)
+        token, head, place = UOp.range(tokens, 0), UOp.range(heads, 1), UOp.range(dim, 2, AxisType.LOCAL)
         at, row = head * stride + first, number(position.index(const(0))) + token
 
         def value(place: UOp) -> UOp:
             return source.index(token, at + place).load() * norm.index(place).load()
-        plain = source.index(token, at + term).load()
-        square = mean_of_threads(plain * plain, place, dim) if together else added(plain * plain, term) * (1 / dim)
-        scale = (square + eps).rsqrt()
+        plain = source.index(token, at + place).load()
+        scale = (mean_of_threads(plain * plain, place, dim) + eps).rsqrt()
         left, turned = place < half, place < 2 * half
         other = turned.where(left.where(place + half, place - half), place)
         angle = turned.where(left.where(place, place - half), const(0))
@@ -86,8 +84,34 @@ def rotated(x: Column, norm: Tensor, eps: float, table: Tensor, heads: int, stri
         if more:
             as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
             stores.append(given[0].index(row, head, place).store(as_it_is))
-        return UOp.group(*stores).end(place).end(token, head).sink(
-            arg=KernelInfo(f"rotate_{'store_' if more else ''}{tokens}_{heads}_{dim}", opts_to_apply=()))
+        return UOp.group(*stores).end(place).end(token, head).sink(arg=KernelInfo(name, opts_to_apply=()))
+
+    def by_loops(out: UOp, *given: UOp) -> UOp:
+        source, norm, table, position = given[len(more) // 2:][:4]
+        steps = Steps(device)
+        token, head = steps.each(tokens, shared=tokens > tuning.FEW), steps.each(heads)
+        at, row = head * stride + first, number(position.index(const(0)), table.shape[0] - tokens + 1) + token
+        square = steps.sum(dim, lambda place: source.index(token, at + place).load().square())
+        scale = (square * (1 / dim) + eps).rsqrt()
+
+        def value(place: UOp) -> UOp:
+            return source.index(token, at + place).load() * norm.index(place).load() * scale
+
+        def store(place: UOp, y: UOp) -> UOp:
+            return steps.now(out).index(row if more else token, head, place).store(y)
+        place = steps.loop(half)
+        a, b = value(place), value(place + half)
+        cos, sin = (table.index(row, const(n), place).load() for n in range(2))
+        steps.do((place,), store(place, a * cos - b * sin), store(place + half, b * cos + a * sin))
+        if 2 * half < dim:
+            place = steps.loop(dim - 2 * half)
+            steps.do((place,), store(place + 2 * half, value(place + 2 * half)))
+        if more:
+            place = steps.loop(dim)
+            as_it_is = given[-1].index(token, head * dim + place + beside[0][1]).load()
+            steps.do((place,), steps.now(given[0]).index(row, head, place).store(as_it_is))
+        return steps.kernel(name)
+    kernel = by_threads if tuning.shares_memory(device) and dim <= 1024 else by_loops
     return out.custom_kernel(*more[:1], source, norm, table, position, *more[1:], fxn=kernel)[:1 + len(more) // 2]
 
 

@@ -11,25 +11,33 @@ from minillama.kernels.product import Column, result
 TOKENS = 8      # that a thread does: each input is loaded once for all of its outputs
 
 
-def fits(device: str, tokens: int) -> bool:
-    """Whether the kernel takes so many tokens on a device: GPUs, and whole blocks of them, more than one."""
-    return tuning.shares_memory(device) and tokens % TOKENS == 0 and tokens > TOKENS
+def fits(tokens: int) -> bool:
+    """Whether the kernel takes so many tokens: whole blocks of them, more than one."""
+    return tokens % TOKENS == 0 and tokens > TOKENS
 
 
 def conv(inputs: Column, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """inputs (tokens, channels), some columns of a buffer; window (width - 1, channels), the inputs before them;
     weight (channels, width). Returns (tokens, channels), and the buffer after it was read: what else reads it should
-    wait, or tinygrad 0.14 copies it first."""
+    wait, or tinygrad 0.14 copies it first.
+
+    A thread of a GPU reads only what it needs. A CPU's compiler makes vectors of neighbouring channels, if they lie
+    side by side and are read in any case."""
     (buffer, first), (channels, width) = inputs, weight.shape
     tokens, device = buffer.shape[0], buffer.device
+    threads = tuning.shares_memory(device)
+    kind = tuning.between_cores(device)
+    weight = weight if threads else weight.transpose(0, 1).contiguous()
 
     def kernel(out: UOp, buffer: UOp, window: UOp, weight: UOp) -> UOp:
-        block, channel, xs = UOp.range(tokens // TOKENS, 0), UOp.range(channels, 1), []
+        block, channel, xs = UOp.range(tokens // TOKENS, 0, kind), UOp.range(channels, 1), []
         for n in range(1 - width, TOKENS):
-            x = buffer.index((block * TOKENS + n).valid(block > 0) if n < 0 else block * TOKENS + n, first + channel)
-            before = window.index(const(n + width - 1).valid(block.eq(0)), channel).load() if n < 0 else None
-            xs.append(x.load() if before is None else block.eq(0).where(before, x.load()))
-        taps = [weight.index(channel, const(k)).load() for k in range(width)]
+            row, old = block * TOKENS + n, const(n + width - 1)
+            if n < 0:
+                row, old = (row.valid(block > 0), old.valid(block.eq(0))) if threads else (row.maximum(0), old)
+            x = buffer.index(row, first + channel).load()
+            xs.append(block.eq(0).where(window.index(old, channel).load(), x) if n < 0 else x)
+        taps = [weight.index(*((channel, const(k)) if threads else (const(k), channel))).load() for k in range(width)]
         ys = [sum((xs[t + k] * tap for k, tap in enumerate(taps[1:], 1)), xs[t] * taps[0]) for t in range(TOKENS)]
         stores = [out.index(block * TOKENS + t, channel).store(y.silu()) for t, y in enumerate(ys)]
         return UOp.group(*stores).end(block, channel).sink(

@@ -7,14 +7,14 @@ number. Where the router sends everything to one expert, that one simply has mor
 from dataclasses import dataclass
 
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import AddrSpace
-from tinygrad.uop.ops import AxisType, KernelInfo, UOp
+from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.panels import block_sums
 from minillama.kernels.product import number, result
+from minillama.kernels.steps import Steps
 from minillama.kernels.sums import added, counter, dot
 
 
@@ -57,22 +57,23 @@ def group(ids: Tensor, experts: int) -> Groups:
         return places.index(mine).store(place).end(mine).sink(
             arg=KernelInfo(f"place_{assignments}", opts_to_apply=tuning.grouped(lanes)))
 
-    def place_in_order(places: UOp, flat: UOp, firsts: UOp) -> UOp:
-        """By one thread, which knows each expert's next place."""
-        every, mine = UOp.range(experts, 0, AxisType.LOOP), UOp.range(assignments, 1, AxisType.LOOP)
-        following = UOp.placeholder((experts,), dtypes.int32, 0, AddrSpace.REG)
-        start = following.index(every).store(firsts.index(every).load() * tile).end(every)
-        following, expert = following.after(start, mine), number(flat.index(mine), experts)
-        place = following.index(expert).load()
-        stores = places.index(mine).store(place), following.index(expert).store(place + 1)
-        return UOp.group(*stores).end(mine).sink(arg=KernelInfo(f"place_{assignments}", opts_to_apply=()))
+    def place_in_turn(places: UOp, flat: UOp, firsts: UOp) -> UOp:
+        """One after the other, in one thread: each expert's next free place is remembered."""
+        steps = Steps(ids.device)
+        free, expert = steps.room(experts, dtype=dtypes.int32), steps.loop(experts)
+        steps.do((expert,), free.index(expert).store(firsts.index(expert).load() * tile))
+        mine = steps.loop(assignments)
+        cell = steps.now(free, mine).index(number(flat.index(mine), experts))
+        place = cell.load()
+        steps.do((mine,), places.index(mine).store(place), cell.store(place + 1))
+        return steps.kernel(f"place_{assignments}")
 
     def row_kernel(rows: UOp, places: UOp) -> UOp:
         mine = UOp.range(assignments, 0)
         return rows.index(number(places.index(mine), tiles * tile)).store(mine.cast(dtypes.int32)).end(mine).sink(
             arg=KernelInfo(f"rows_of_tiles_{assignments}"))
     places = Tensor.empty(assignments, dtype=dtypes.int32, device=ids.device)
-    places = places.custom_kernel(flat, firsts, fxn=place_in_order if panels else place_kernel)[0]
+    places = places.custom_kernel(flat, firsts, fxn=place_in_turn if panels else place_kernel)[0]
     nobody = Tensor.full((tiles * tile,), -1, dtype=dtypes.int32, device=ids.device).contiguous()
     rows = nobody.custom_kernel(places, fxn=row_kernel)[0]
     return Groups(tile, rows, of_tile.contiguous(), places.reshape(tokens, used), firsts, ends)

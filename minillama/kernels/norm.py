@@ -1,11 +1,13 @@
-"""RMS norm as one kernel. Plain tensor code takes two: one for the sum of squares, one for what it scales."""
+"""RMS norm as one kernel, also with what gates its result. Plain tensor code takes two: one for the sum of squares,
+one for what it scales."""
 from tinygrad import Tensor
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import mean_of_threads
-from minillama.kernels.product import result
-from minillama.kernels.sums import added, counter
+from minillama.kernels.product import Column, result
+from minillama.kernels.steps import Steps
+from minillama.kernels.tuning import FEW
 
 THREADS = 128
 
@@ -29,12 +31,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return UOp.group(*stores).end(token, lane).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
 
     def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
-        parts = tuning.chains(device, dim)
-        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim // parts, 2)
-        values = [x.index(token, other * parts + n).load() for n in range(parts)]
-        square = sum(added(value * value, other) for value in values)
+        steps = Steps(device)
+        token = steps.each(tokens, shared=tokens > FEW)
+        square = steps.sum(dim, lambda place: x.index(token, place).load().square())
+        place = steps.loop(dim)
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
-        return out.index(token, place).store(value).end(token, place).sink(
-            arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
+        steps.do((place,), out.index(token, place).store(value))
+        return steps.kernel(f"rms_norm_{tokens}_{dim}")
     together = tuning.shares_memory(device) and dim % THREADS == 0
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]
+
+
+def gated_twin(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
+    """Rows of x (tokens, heads, dim) at root mean square 1, times weight (dim,), times SiLU of gate (tokens, heads *
+    dim): that shape."""
+    return (rms_norm_twin(x, weight, eps) * gate.reshape(x.shape).silu()).reshape(gate.shape)
+
+
+def gated(x: Tensor, weight: Tensor, eps: float, gate: Column) -> Tensor:
+    """As the twin, by loops: for devices whose threads share no memory."""
+    (tokens, heads, dim), (source, first), device = x.shape, gate, x.device
+
+    def kernel(out: UOp, x: UOp, weight: UOp, gate: UOp) -> UOp:
+        steps = Steps(device)
+        token, head = steps.each(tokens, shared=True), steps.each(heads)
+        square = steps.sum(dim, lambda place: x.index(token, head, place).load().square())
+        place = steps.loop(dim)
+        value = x.index(token, head, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
+        at = head * dim + place
+        steps.do((place,), out.index(token, at).store(value * gate.index(token, at + first).load().silu()))
+        return steps.kernel(f"gated_norm_{tokens}_{heads}_{dim}")
+    return result(tokens, heads * dim, like=x).custom_kernel(x, weight, source, fxn=kernel)[0]

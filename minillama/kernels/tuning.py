@@ -13,6 +13,7 @@ from functools import cache
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import Context
+from tinygrad.uop.ops import AxisType
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,12 @@ def shares_memory(device: str) -> bool:
     return backend(device) in SHARING
 
 
+def between_cores(device: str) -> AxisType:
+    """The kind of a loop over parts of a kernel that cores may share: on a CPU one that tells tinygrad so, whose parts
+    our own graph gives to cores (`cpu_graph`); elsewhere any outer loop."""
+    return AxisType.THREAD if device.split(":")[0] == "CPU" else AxisType.WEAK
+
+
 def widens_halves(device: str) -> bool:
     """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). Not
     every CPU does (`bits.converts_halves`), nor does PoCL."""
@@ -322,12 +329,6 @@ def tiles(device: str, columns: int, octets: int, tile: int) -> tuple[int, tuple
 def lanes(device: str, size: int) -> int:
     """Threads that share a sum over `size` terms: 1 where threads cannot share."""
     return fitting(32, size) if shares_memory(device) else 1
-
-
-def chains(device: str, size: int) -> int:
-    """Sums that a CPU's thread adds up side by side, since one would be a long chain of additions, each of which waits
-    for the one before."""
-    return 1 if shares_memory(device) else fitting(16, size)
 
 
 def ranks(device: str, tokens: int, experts: int) -> tuple[Opt, ...]:
