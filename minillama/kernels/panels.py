@@ -28,6 +28,7 @@ from minillama.kernels.block import const
 from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
+from minillama.kernels.steps import cores_for
 
 
 @cache
@@ -71,11 +72,18 @@ class Panels:
         return UOp.range(size, next(self.numbers), AxisType.LOOP)
 
     def outer(self, size: int, shared: bool = False) -> UOp:
-        """A loop around blocks; `shared`: whose turns may be divided among threads."""
+        """A loop around blocks; `shared`: whose turns are divided, with OpenCL among work groups, on a CPU among its
+        cores (`cpu_graph`: of one such loop, the first)."""
         if size == 1:
             return const(0)
-        self.around.append(UOp.range(size, next(self.numbers), AxisType.WEAK if shared else AxisType.LOOP))
-        return self.around[-1]
+        kind = tuning.between_cores(self.device) if shared else AxisType.LOOP
+        if kind is not AxisType.THREAD or any(loop.arg[-1] is kind for loop in self.around):
+            self.around.append(UOp.range(size, next(self.numbers), AxisType.WEAK if shared else kind))
+            return self.around[-1]
+        cores = cores_for(size)
+        core, turn = (UOp.range(n, next(self.numbers), k) for n, k in ((cores, kind), (size // cores, AxisType.WEAK)))
+        self.around += [core, turn]
+        return core * (size // cores) + turn
 
     def parts(self, size: int, each: int, shared: bool = False) -> UOp:
         """A loop over parts of `each` rows, or tokens, of so many: where a part starts. Where they do not divide

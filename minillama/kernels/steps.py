@@ -26,6 +26,11 @@ def real(x: float) -> UOp:
     return UOp.const(x, dtypes.float32)
 
 
+def cores_for(size: int) -> int:
+    """Cores that can share so many turns evenly, at most."""
+    return next(cores for cores in range(CORES, 0, -1) if size % cores == 0)
+
+
 class Steps:
     """The steps of a kernel, each of which waits for the one before; and its loops and buffers, numbered."""
 
@@ -44,7 +49,7 @@ class Steps:
         """The counter of a loop around all steps that follow, over parts of the result. One such loop can be `shared`
         by a CPU's cores (`cpu_graph`); with OpenCL, work groups share all of them."""
         kind = tuning.between_cores(self.device) if shared else AxisType.WEAK
-        cores = fitting(CORES, size) if kind is AxisType.THREAD else 1
+        cores = cores_for(size) if kind is AxisType.THREAD else 1
         core, part = self.loop(cores, kind), self.loop(size // cores, AxisType.WEAK)
         self.around += [core, part]
         return core * (size // cores) + part
