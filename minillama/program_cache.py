@@ -6,10 +6,12 @@ finds them in memory. Like its binaries they are this machine's ("native"): no f
 CACHELEVEL=0 turns both off.
 
 Here, too, a program's counts become numbers. tinygrad multiplies a kernel's operations and bytes by the length of
-every loop around them; where that is something that the kernel loads, it would fail when it adds up.
+every loop around them; where that is something that the kernel loads, it would fail when it adds up. Of a loop that
+ends by a condition it knows no length: whoever writes such a kernel says what it costs (`at_most`).
 """
 from dataclasses import replace
 from importlib.metadata import version
+from math import prod
 from typing import Any
 
 from tinygrad import codegen, dtypes
@@ -18,6 +20,7 @@ from tinygrad.helpers import diskcache_get, diskcache_put
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, UOp, sint
 
+said: dict[str, Estimates] = {}     # what kernels cost, by name
 TABLE = f"minillama_programs_{version('tinygrad')}"      # lowering changes with every release
 
 
@@ -27,7 +30,15 @@ def disk_key(key: tuple) -> str:
     return f"{kernel.hex()} {renderer.__module__}.{renderer.__qualname__} {settings!r}"
 
 
-def at_most(count: sint) -> sint:
+def at_most(name: str, products: int, *buffers: UOp) -> str:
+    """The kernel's name; as said here, it costs so many products, and each buffer's bytes once."""
+    install()
+    moved = sum(prod(buffer.shape) * buffer.dtype.itemsize for buffer in buffers)
+    said[name] = Estimates(2 * products, moved, moved)
+    return name
+
+
+def largest(count: sint) -> sint:
     """A count as it is, or the largest it can be where it depends on what is loaded."""
     if not isinstance(count, UOp) or not any(u.op is Ops.LOAD for u in count.toposort()):
         return count
@@ -36,10 +47,10 @@ def at_most(count: sint) -> sint:
 
 
 def countable(program: UOp) -> UOp:
-    """The program, its loops of unknown length counted as often as they can run."""
+    """The program, its loops of unknown length counted as often as they can run, or as was said."""
     kernel, *rest = program.src
     found = kernel.arg.estimates
-    bounds = found and Estimates(at_most(found.ops), at_most(found.lds), at_most(found.mem))
+    bounds = said.get(kernel.arg.name) or found and Estimates(*map(largest, (found.ops, found.lds, found.mem)))
     if bounds == found:
         return program
     return program.replace(src=(kernel.replace(arg=replace(kernel.arg, estimates=bounds)), *rest))

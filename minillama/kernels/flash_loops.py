@@ -18,6 +18,7 @@ from minillama.kernels.product import Column, number, result
 from minillama.kernels.softmax import NOWHERE
 from minillama.kernels.steps import Steps, real
 from minillama.kernels.tuning import fitting
+from minillama.program_cache import at_most
 
 QUERIES = 64        # at once
 POSITIONS = 64      # of a block
@@ -90,5 +91,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         y = steps.now(told).index(d, i).load() / steps.now(total).index(i).load()
         strength = gate_.index(first + i, gate[1] + head * stride + d).load().sigmoid()
         steps.do(loops, out.index(first + i, head * dim + d).store(y * strength))
-        return steps.kernel(f"attend_{tokens}_{heads}_{dim}_{positions}")
+        name = f"attend_{tokens}_{heads}_{dim}_{positions}"
+        return steps.kernel(at_most(name, 2 * tokens * heads * positions * dim, out, q, keys, values, gate_))
     return result(tokens, heads * dim, like=q).custom_kernel(q, keys, values, gate[0], position, fxn=kernel)[0]

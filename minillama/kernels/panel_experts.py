@@ -12,6 +12,7 @@ from minillama.kernels.block import const
 from minillama.kernels.packed import Packed
 from minillama.kernels.panels import Panels
 from minillama.kernels.product import number, result
+from minillama.program_cache import at_most
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
         expert, top = make.outer(experts, shared=True), make.parts(width, make.rows, shared=True)
         panels = pair(make, gate, up, arrays, expert * width + top)
         first, many = blocks.of(expert, firsts, ends)
-        turn, end = make.turns(many, blocks.most, experts)
+        turn, end = make.turns(many, blocks.most)
         place = (first + turn) * make.tokens
         found = [number(rows.index(place + t), tokens * used) for t in range(make.tokens)]      # in padding anyone
         g, u = (make.block(panel, lambda t, column: x.index(found[t] // used, column).load()) for panel in panels)
@@ -62,6 +63,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
             y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * part
             return out.index(place + t, top + row).store(y)
         name = f"panels_gated_{gate.format}_{up.format}_{blocks.places}_{width}_{hidden}"
+        name = at_most(name, 2 * blocks.places * width * hidden, out, x, share, rows, *arrays)
         return make.kernel(name, end(make.each(store)))
     return result(blocks.places, width, like=x).custom_kernel(
         x, share, blocks.rows, blocks.firsts, blocks.ends, *gate.arrays, *up.arrays, fxn=kernel)[0]
@@ -103,10 +105,11 @@ def mixed(h: Tensor, down: Packed, blocks: Blocks) -> Tensor:
         expert, top = make.outer(experts, shared=True), make.parts(hidden, make.rows, shared=True)
         panel = make.panel(down.layout, arrays, expert * hidden + top, width)
         first, many = blocks.of(expert, firsts, ends)
-        turn, end = make.turns(many, blocks.most, experts)
+        turn, end = make.turns(many, blocks.most)
         place = (first + turn) * make.tokens
         sums = make.block(panel, lambda t, column: h.index(place + t, column).load())
         stores = make.each(lambda t, row: out.index(place + t, top + row).store(sums.index(const(t), row).load()))
-        return make.kernel(f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}", end(stores))
+        name = f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}"
+        return make.kernel(at_most(name, blocks.places * hidden * width, out, h, *arrays), end(stores))
     return result(blocks.places, hidden, like=h).custom_kernel(
         h, blocks.firsts, blocks.ends, *down.arrays, fxn=kernel)[0]

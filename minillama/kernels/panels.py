@@ -91,12 +91,10 @@ class Panels:
         start = self.outer(ceildiv(size, each), shared) * each
         return start if size % each == 0 else start.minimum(size - each)
 
-    def turns(self, many: UOp, most: int, loops: int) -> tuple[UOp, Callable[[UOp], UOp]]:
-        """A loop that turns as often as the kernel finds out: once at least, and `most` times in all of so many such
-        loops. Its turn, and what ends it after some stores. (A range will not do: where its size depends on the place
-        of a loop around it, tinygrad 0.14 would end both where the one ends.)"""
-        if self.device.startswith("NULL"):      # which only counts: as many as there are on average
-            return self.outer(ceildiv(most, loops)), lambda stores: stores
+    def turns(self, many: UOp, most: int) -> tuple[UOp, Callable[[UOp], UOp]]:
+        """A loop that turns as often as the kernel finds out: once at least, `most` times at most. Its
+        turn, and what ends it after some stores. (A range will not do: where its size depends on the place of a loop
+        around it, tinygrad 0.14 would end both where the one ends.)"""
         loop, place = UOp.loop(next(self.numbers)), self.array(1, dtype=dtypes.int32)
         place = place.after(place.after(*self.around).index(const(0)).store(0), loop)
         turn, outside = number(place.index(const(0)), most), self.around
