@@ -28,10 +28,11 @@ FORMS: dict[str, dict[str, Callable]] = {
 class Recipe:
     """How the engine computes. A field is a name out of CHOICES.
 
-    A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts, or on
-    a CPU one kernel, and two kernels for a few tokens, `experts="grouped"` gathers where there are few. `delta` and
-    `experts` may be functions of your own, with the signatures of `delta_net.recurrent` and `experts.dense`, or
-    "module:name" of one; an `experts` function that cannot read `Packed` weights goes with weights="float".
+    A value fixes both the form for prompts and that for single tokens: `delta="fused"` means chunks for prompts (on
+    CPUs one kernel that goes token by token) and two kernels for a few tokens, `experts="grouped"` gathers where there
+    are few. `delta` and `experts` may be functions of your own, with the signatures of `delta_net.recurrent` and
+    `experts.dense`, or "module:name" of one; an `experts` function that cannot read `Packed` weights goes with
+    weights="float".
     `launches="early"` lets a few tokens' kernels overlap where a GPU can (`kernels.overlap`), and replays captured
     steps as graphs on a CPU, whose cores share a prompt's kernels, and with OpenCL (`kernels.cpu_graph`, `cl_graph`);
     on Metal it changes nothing.
