@@ -7,6 +7,7 @@ from minillama.kernels import tuning
 from minillama.kernels.block import mean_of_threads
 from minillama.kernels.product import Column, result
 from minillama.kernels.steps import Steps
+from minillama.kernels.sums import added, counter
 from minillama.kernels.tuning import FEW
 
 THREADS = 128
@@ -30,7 +31,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
                   for place, v in zip(places, values, strict=True)]
         return UOp.group(*stores).end(token, lane).sink(arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
 
-    def by_loop(out: UOp, x: UOp, weight: UOp) -> UOp:
+    def by_number(out: UOp, x: UOp, weight: UOp) -> UOp:       # each thread finds the sum for itself
+        token, place, other = UOp.range(tokens, 0), UOp.range(dim, 1), counter(dim, 2)
+        square = added(x.index(token, other).load() * x.index(token, other).load(), other)
+        value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
+        return out.index(token, place).store(value).end(token, place).sink(
+            arg=KernelInfo(f"rms_norm_{tokens}_{dim}", opts_to_apply=()))
+
+    def by_steps(out: UOp, x: UOp, weight: UOp) -> UOp:
         steps = Steps(device)
         token = steps.each(tokens, shared=tokens > FEW)
         square = steps.sum(dim, lambda place: x.index(token, place).load().square())
@@ -38,8 +46,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         steps.do((place,), out.index(token, place).store(value))
         return steps.kernel(f"rms_norm_{tokens}_{dim}")
-    together = tuning.shares_memory(device) and dim % THREADS == 0
-    return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=by_block if together else by_loop)[0]
+    kernel = by_steps if not tuning.shares_memory(device) else by_number if dim % THREADS else by_block
+    return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=kernel)[0]
 
 
 def gated_twin(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
