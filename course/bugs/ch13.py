@@ -13,8 +13,8 @@ def expert_of_the_tile_before(original):
 
 
 def gate_and_up_swapped(original):
-    """The tile kernel takes up for gate: silu of the wrong half."""
-    return lambda x, gate, up, groups, share: original(x, up, gate, groups, share)
+    """The experts' first kernel takes up for gate: silu of the wrong half."""
+    return lambda x, gate, up, share, blocks: original(x, up, gate, share, blocks)
 
 
 def low_halves_lost(original):
@@ -25,8 +25,16 @@ def low_halves_lost(original):
     return halves
 
 
+def last_parts_left_out(original):
+    """Where parts do not divide the rows or tokens, the last one is done where the one before it was."""
+    def parts(self, size, each, shared=False):
+        return original(self, size // each * each, each, shared)
+    return parts
+
+
 BUGS = {
     "a tile reads the expert of the tile before it": ("minillama.kernels.groups", "group", expert_of_the_tile_before),
-    "the tile kernel swaps gate and up": ("minillama.kernels.groups", "gated", gate_and_up_swapped),
+    "a CPU's experts swap gate and up": ("minillama.kernels.panel_experts", "gated", gate_and_up_swapped),
     "the low halves of x are lost": ("minillama.kernels.halves", "halves", low_halves_lost),
+    "rows behind the last whole panel are left out": ("minillama.kernels.panels", "Panels.parts", last_parts_left_out),
 }
