@@ -8,8 +8,9 @@ from tinygrad import Tensor
 
 from minillama.config import ModelConfig
 from minillama.kernels import chunks as chunk_kernels
-from minillama.kernels import conv, norm, recurrence, tuning
+from minillama.kernels import conv, norm, recurrence
 from minillama.kernels import delta as kernels
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import Normed
 from minillama.layers import columns, l2_norm, linear, project, rms_norm
@@ -156,7 +157,7 @@ def delta_net(x: Tensor, w: DeltaNetWeights, config: ModelConfig, delta, window:
     if valid is not None:
         g, beta = g * valid.unsqueeze(-1), beta * valid.unsqueeze(-1)
     out, state = delta(l2_norm(q), l2_norm(k), v, g, beta, state)           # (tokens, v_heads, dim)
-    if by_hand and not tuning.shares_memory(x.device):
+    if by_hand and on_cpu(x.device):
         gated = norm.gated(out, w.norm, c.norm_eps, runs[1])
     else:
         gated = rms_norm(out, w.norm, c.norm_eps) * z.reshape(out.shape).silu()

@@ -7,6 +7,7 @@ from tinygrad import Tensor, dtypes
 
 from minillama.config import ModelConfig
 from minillama.kernels import gemm, gemm_experts, groups, halves, panel_experts, product, router, tuning
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.packed import Packed, unpacked
 from minillama.kernels.product import Normed
 from minillama.layers import linear, project, swiglu
@@ -99,7 +100,7 @@ def experts_layer(x: Tensor, w: ExpertWeights, config: ModelConfig, routed, resi
 
 def in_panels(x: Tensor, w: ExpertWeights) -> bool:
     """Whether its first half is one kernel that multiplies panels of weights (`panel_experts.py`)."""
-    return tuning.uses_panels(x.device) and len(w.shared_inputs) == 2 and all(
+    return on_cpu(x.device) and len(w.shared_inputs) == 2 and all(
         isinstance(weight, Packed) for weight in (*w.shared_inputs, w.shared_down))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from tinygrad import Tensor, dtypes
 
 from minillama.kernels import gemm, halves, panels, product, tensor_cores, tuning
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.packed import Packed, rows_of, unpacked
 from minillama.kernels.product import Column, Normed
 from minillama.kernels.tuning import FEW
@@ -55,7 +56,7 @@ def packed_linear(x: Tensor | Normed, weight: Packed, residual: Tensor | None = 
     units = tuning.multiplies_halves(x.device, weight.rows) and x.shape[0] % 8 == 0
     if units and tensor_cores.fits(weight):
         return tensor_cores.linear(tensor_cores.halves(x), weight, more).reshape(shape)
-    if tuning.uses_panels(x.device):
+    if on_cpu(x.device):
         return panels.linear(x, weight, more).reshape(shape)
     y = tensor_cores.long_product(x, unpacked(weight)) if units else x @ unpacked(weight).T     # (tokens, rows)
     return (y if more is None else y + more).reshape(shape)

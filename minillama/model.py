@@ -79,7 +79,8 @@ def mix(x: Tensor | Normed, w: LayerWeights, config: ModelConfig, recipe: Recipe
     if isinstance(part, DeltaState):
         out, past, memory = module.delta_net(x, w.mixer, config, form, part.window, part.memory, mask)
         window = past[count:count + part.window.shape[0]]                   # the last inputs that were no padding
-        window = window.contiguous() if tuning.shares_memory(x.device) else window      # `past` may be the window yet
+        if recipe.weights == "packed":      # `past` may be the window yet
+            window = window.contiguous()
         return after(residual + out, stored(part.window, window), stored(part.memory, memory))
     width = config.conv_width - 1
     window, history = ring.read(part.history, at.position, -width, width)

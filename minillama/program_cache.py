@@ -64,6 +64,7 @@ class Programs(dict):
 
     def get(self, key: Any, default: UOp | None = None) -> UOp | None:
         if (program := super().get(key)) is None and (program := diskcache_get(TABLE, disk_key(key))) is not None:
+            program = countable(program)
             super().__setitem__(key, program)
         return default if program is None else program
 

@@ -6,9 +6,11 @@ from tinygrad import Device, Tensor
 
 from minillama.blocks import FORMATS, unpack
 from minillama.kernels import groups, panel_experts, panels, product
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.layouts import LAYOUTS
 from minillama.kernels.rendering import sources
 
+pytestmark = pytest.mark.skipif(not on_cpu(Device.DEFAULT), reason="this device is no CPU")
 EACH = pytest.mark.parametrize("format", LAYOUTS)
 TINY, LARGEST = 6e-8, 65504.0      # the smallest and the largest half
 
@@ -59,10 +61,11 @@ def test_experts_by_panels_equal_chosen_ones(format):
     assert off(got, product.mixed_twin(want, down, ids)) < TOLERANCE
 
 
-def test_experts_with_few_tokens_each_and_many_without():
-    gate, up, down = (packed("Q4_0", 64, 32, 32, seed=i) for i in range(3))
-    x, share, ids = tensor(18, 32), tensor(18, 2), integers(18, 2, below=64)
-    got = groups.experts(x, gate, up, down, groups.group(ids, 64), share)
+@pytest.mark.parametrize("tokens, experts", ((18, 64), (1, 8)))
+def test_experts_with_few_tokens_each_and_many_without(tokens, experts):
+    gate, up, down = (packed("Q4_0", experts, 32, 32, seed=i) for i in range(3))
+    x, share, ids = tensor(tokens, 32), tensor(tokens, 2), integers(tokens, 2, below=experts)
+    got = groups.experts(x, gate, up, down, groups.group(ids, experts), share)
     want = product.mixed_twin(product.gated_twin(x, gate, up, ids, share), down, ids)
     assert off(got, want) < TOLERANCE
 

@@ -5,12 +5,13 @@ from arrays import TOLERANCE, numbers, off, tensor
 from tinygrad import Device, Tensor, UOp, dtypes
 
 from minillama import delta_net
-from minillama.kernels import flash_loops, norm, recurrence, tuning
+from minillama.kernels import flash_loops, norm, recurrence
 from minillama.kernels.attention import attend_twin
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.product import number
 from minillama.kernels.steps import Steps, real
 
-pytestmark = pytest.mark.skipif(tuning.shares_memory(Device.DEFAULT), reason="this device's threads share memory")
+pytestmark = pytest.mark.skipif(not on_cpu(Device.DEFAULT), reason="this device is no CPU")
 
 
 def delta_inputs(tokens: int, k_heads: int, v_heads: int, dim: int, text: int) -> list[Tensor]:
@@ -37,13 +38,16 @@ def test_a_prompt_token_by_token_equals_its_twins(tokens, k_heads, v_heads, dim,
         assert off(mine, other) < TOLERANCE
 
 
-def test_both_forms_can_take_turns_and_the_fused_one_is_by_hand():
+def test_both_forms_can_take_turns_and_the_fused_one_is_by_hand(monkeypatch):
+    asked = []
+    monkeypatch.setattr(delta_net.recurrence, "recurrent", lambda *given, by_hand=recurrence.recurrent:
+                        asked.append(1) or by_hand(*given))
     inputs = delta_inputs(128, 2, 4, 16, 128)
     *parts, state = inputs
     first, state = recurrence.recurrent(*(x[:64] for x in parts), state)
     second, state = delta_net.fused(*(x[64:] for x in parts), state)
     want, last = delta_net.chunked(*inputs)
-    assert off(first.cat(second), want) < TOLERANCE and off(state, last) < TOLERANCE
+    assert len(asked) == 2 and off(first.cat(second), want) < TOLERANCE and off(state, last) < TOLERANCE
 
 
 @pytest.mark.parametrize("tokens, heads, kv_heads, dim, positions, start", (
@@ -57,6 +61,14 @@ def test_attention_in_one_pass_equals_its_twin(tokens, heads, kv_heads, dim, pos
     got = flash_loops.attend(q, keys, values, (gate, 3 + dim), 2 * dim, position)
     gates = gate[:, 3:].reshape(tokens, heads, 2 * dim)[:, :, dim:]
     assert off(got, attend_twin(q, keys, values, gates, start)) < TOLERANCE
+
+
+def test_queries_behind_the_cache_see_anything_but_end():
+    q, keys, gate = tensor(64, 2, 8), tensor(128, 2, 8, seed=1), tensor(64, 16, seed=2)
+    position = Tensor([100], dtype=dtypes.int32).realize()
+    got = flash_loops.attend(q, keys, keys, (gate, 0), 8, position).numpy()
+    want = attend_twin(q[:28], keys, keys, gate[:28].reshape(28, 2, 8), 100).numpy()
+    assert off(Tensor(got[:28]), want) < TOLERANCE
 
 
 def test_scores_that_rise_and_fall_by_hundreds_stay_numbers():

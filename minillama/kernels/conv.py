@@ -6,6 +6,7 @@ from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import gemm_tuning, tuning
 from minillama.kernels.block import const
+from minillama.kernels.cores import between_cores
 from minillama.kernels.product import Column, result
 
 TOKENS = 8      # that a thread does: each input is loaded once for all of its outputs
@@ -26,7 +27,7 @@ def conv(inputs: Column, window: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     (buffer, first), (channels, width) = inputs, weight.shape
     tokens, device = buffer.shape[0], buffer.device
     threads = tuning.shares_memory(device)
-    kind = tuning.between_cores(device)
+    kind = between_cores(device)
     weight = weight if threads else weight.transpose(0, 1).contiguous()
 
     def kernel(out: UOp, buffer: UOp, window: UOp, weight: UOp) -> UOp:

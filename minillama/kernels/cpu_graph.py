@@ -107,7 +107,9 @@ class CPUGraph(GraphRunner):
         if self.threads > 1:
             self.words[self.heads + TAKEN] = self.words[self.heads + DONE] = 0
             others = self.threads - 1
-            self.helping = [helpers(others).submit(self.run) for _ in range(others)]
+            self.helping = []
+            for _ in range(others):
+                self.helping.append(helpers(others).submit(self.run))
         self.run()
         return time.perf_counter() - began if wait else None
 

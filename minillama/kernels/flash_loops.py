@@ -12,8 +12,8 @@ from collections.abc import Callable
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from minillama.kernels import tuning
 from minillama.kernels.block import const
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.product import Column, number, result
 from minillama.kernels.softmax import NOWHERE
 from minillama.kernels.steps import Steps, real
@@ -26,8 +26,8 @@ SIDE = 4            # of a square of products that a loop adds at once: what it 
 
 
 def fits(device: str, tokens: int, positions: int) -> bool:
-    """Whether this is the form for so many queries over a cache: where threads share no memory."""
-    return not tuning.shares_memory(device) and tokens > 1 and positions % POSITIONS == 0
+    """Whether this is the form for so many queries over a cache: on a CPU."""
+    return on_cpu(device) and tokens > 1 and positions % POSITIONS == 0
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, position: Tensor) -> Tensor:
@@ -91,6 +91,6 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, gate: Column, stride: int, p
         y = steps.now(told).index(d, i).load() / steps.now(total).index(i).load()
         strength = gate_.index(first + i, gate[1] + head * stride + d).load().sigmoid()
         steps.do(loops, out.index(first + i, head * dim + d).store(y * strength))
-        name = f"attend_{tokens}_{heads}_{dim}_{positions}"
+        name = f"attend_loops_{tokens}_{heads}_{kv_heads}_{dim}_{positions}"
         return steps.kernel(at_most(name, 2 * tokens * heads * positions * dim, out, q, keys, values, gate_))
     return result(tokens, heads * dim, like=q).custom_kernel(q, keys, values, gate[0], position, fxn=kernel)[0]

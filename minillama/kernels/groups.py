@@ -10,6 +10,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import KernelInfo, UOp
 
 from minillama.kernels import gemm_experts, halves, panel_experts, tensor_cores, tuning
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.layouts import OCTET
 from minillama.kernels.packed import Packed
 from minillama.kernels.panels import block_sums
@@ -32,14 +33,14 @@ class Groups:
 
 
 def tiles_for(assignments: int, experts: int, tile: int) -> int:
-    """Tiles that always suffice: each expert may leave one unfilled."""
-    return assignments // tile + min(experts, assignments)
+    """Tiles that always suffice: each expert may leave one unfilled. Where any has none, the last is nobody's."""
+    return max(1, assignments // tile) + min(experts, assignments)
 
 
 def group(ids: Tensor, experts: int) -> Groups:
     """Sort assignments by expert, in the tokens' order. ids (tokens, used) int32."""
     (tokens, used), assignments = ids.shape, ids.numel()
-    panels = tuning.uses_panels(ids.device)
+    panels = on_cpu(ids.device)
     tile = block_sums(ids.device)[0] if panels else tuning.tile_rows(ids.device, assignments, experts)
     tiles, flat = tiles_for(assignments, experts, tile), ids.reshape(assignments).contiguous()
     counts = (flat.reshape(-1, 1) == Tensor.arange(experts)).sum(0, dtype=dtypes.int32)         # (experts,)
@@ -89,7 +90,7 @@ def experts(x: Tensor, gate: Packed, up: Packed, down: Packed, groups: Groups, s
     if all(tuning.multiplies_halves(x.device, weight.shape[1]) and tensor_cores.fits(weight)
            for weight in (gate, up, down)):
         return summed(in_halves(x, gate, up, down, groups, share), groups)
-    if tuning.uses_panels(x.device):
+    if on_cpu(x.device):
         blocks = panel_experts.Blocks(groups.tile, groups.rows, groups.firsts, groups.ends)
         return summed(panel_experts.mixed(panel_experts.gated(x, gate, up, share, blocks), down, blocks), groups)
     return summed(mixed(gated(x, gate, up, groups, share), down, groups), groups)

@@ -62,7 +62,7 @@ def gated(x: Tensor, gate: Packed, up: Packed, share: Tensor, blocks: Blocks) ->
             part = (rows.index(place + t).load() < 0).where(UOp.const(0.0), part)
             y = g.index(const(t), row).load().silu() * u.index(const(t), row).load() * part
             return out.index(place + t, top + row).store(y)
-        name = f"panels_gated_{gate.format}_{up.format}_{blocks.places}_{width}_{hidden}"
+        name = f"panels_gated_{gate.format}_{up.format}_{tokens}_{used}_{experts}_{width}_{hidden}"
         name = at_most(name, 2 * blocks.places * width * hidden, out, x, share, rows, *arrays)
         return make.kernel(name, end(make.each(store)))
     return result(blocks.places, width, like=x).custom_kernel(
@@ -109,7 +109,7 @@ def mixed(h: Tensor, down: Packed, blocks: Blocks) -> Tensor:
         place = (first + turn) * make.tokens
         sums = make.block(panel, lambda t, column: h.index(place + t, column).load())
         stores = make.each(lambda t, row: out.index(place + t, top + row).store(sums.index(const(t), row).load()))
-        name = f"panels_mixed_{down.format}_{blocks.places}_{hidden}_{width}"
+        name = f"panels_mixed_{down.format}_{blocks.places}_{experts}_{hidden}_{width}"
         return make.kernel(at_most(name, blocks.places * hidden * width, out, h, *arrays), end(stores))
     return result(blocks.places, hidden, like=h).custom_kernel(
         h, blocks.firsts, blocks.ends, *down.arrays, fxn=kernel)[0]

@@ -25,13 +25,14 @@ from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 from minillama.kernels import tuning
 from minillama.kernels.bits import FLOAT, apart, compiled
 from minillama.kernels.block import const
+from minillama.kernels.cores import between_cores, cores_for
 from minillama.kernels.layouts import OCTET, Layout
 from minillama.kernels.packed import Packed
 from minillama.kernels.product import number, result
-from minillama.kernels.steps import cores_for
+
+WASTE = 0.05        # of a loop's turns that may be done twice, to give more cores a share
 
 
-@cache
 def block_sums(device: str) -> tuple[int, int]:
     """Tokens × rows of a block, whose sums are to fit into registers: 32 of 64 or 32 bytes, which an x86 has with
     AVX-512 (its compiler is asked); 16 of 32 bytes, or 32 of 16. (Measured on an x86: 4 × 32 with AVX-512 240 GFLOP/s,
@@ -39,7 +40,13 @@ def block_sums(device: str) -> tuple[int, int]:
     there are more.)"""
     if tuning.backend(device) == "CL":
         return 8, 8
-    return 4, 32 if b"wide" in compiled(device, "#ifdef __AVX512F__\nint wide;\n#endif\nint known;\n") else 16
+    return 4, 32 if has_wide_vectors(device) else 16
+
+
+@cache
+def has_wide_vectors(device: str) -> bool:
+    """Whether a CPU has AVX-512, says its compiler."""
+    return b"wide" in compiled(device, "#ifdef __AVX512F__\nint wide;\n#endif\nint known;\n")
 
 
 def below(wish: int, size: int) -> int:
@@ -76,14 +83,16 @@ class Panels:
         cores (`cpu_graph`: of one such loop, the first)."""
         if size == 1:
             return const(0)
-        kind = tuning.between_cores(self.device) if shared else AxisType.LOOP
+        kind = between_cores(self.device) if shared else AxisType.LOOP
         if kind is not AxisType.THREAD or any(loop.arg[-1] is kind for loop in self.around):
             self.around.append(UOp.range(size, next(self.numbers), AxisType.WEAK if shared else kind))
             return self.around[-1]
-        cores = cores_for(size)
-        core, turn = (UOp.range(n, next(self.numbers), k) for n, k in ((cores, kind), (size // cores, AxisType.WEAK)))
+        cores = cores_for(size, WASTE)
+        turns = ceildiv(size, cores)
+        core, turn = (UOp.range(n, next(self.numbers), k) for n, k in ((cores, kind), (turns, AxisType.WEAK)))
         self.around += [core, turn]
-        return core * (size // cores) + turn
+        place = core * turns + turn
+        return place if cores * turns == size else place.minimum(size - 1)
 
     def parts(self, size: int, each: int, shared: bool = False) -> UOp:
         """A loop over parts of `each` rows, or tokens, of so many: where a part starts. Where they do not divide

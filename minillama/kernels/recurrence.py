@@ -8,7 +8,7 @@ a token, once to read and once to write. The innermost loops run along its colum
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from minillama.kernels import tuning
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.product import result
 from minillama.kernels.steps import Steps, real
 from minillama.kernels.tuning import fitting
@@ -17,8 +17,8 @@ ROWS = 4            # of the memory that a loop does at once: what it adds them 
 
 
 def fits(device: str, tokens: int) -> bool:
-    """Whether this is the form for so many tokens on a device: where threads share no memory."""
-    return not tuning.shares_memory(device) and tokens > 1
+    """Whether this is the form for so many tokens on a device: on a CPU."""
+    return on_cpu(device) and tokens > 1
 
 
 def recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, ...]:

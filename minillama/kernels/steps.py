@@ -11,24 +11,18 @@ from collections.abc import Callable
 from tinygrad.dtype import AddrSpace, DType, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
-from minillama.kernels import tuning
 from minillama.kernels.block import const
+from minillama.kernels.cores import between_cores, cores_for
 from minillama.kernels.product import number
 from minillama.kernels.tuning import fitting
 
 ROOM = 100          # number of the first buffer
-CORES = 16          # that can share a kernel, at most
 BESIDE, AT_ONCE = 16, 4     # sums side by side that add up a row, and terms that each of them takes in a turn
 
 
 def real(x: float) -> UOp:
     """A number to store."""
     return UOp.const(x, dtypes.float32)
-
-
-def cores_for(size: int) -> int:
-    """Cores that can share so many turns evenly, at most."""
-    return next(cores for cores in range(CORES, 0, -1) if size % cores == 0)
 
 
 class Steps:
@@ -48,7 +42,7 @@ class Steps:
     def each(self, size: int, shared: bool = False) -> UOp:
         """The counter of a loop around all steps that follow, over parts of the result. One such loop can be `shared`
         by a CPU's cores (`cpu_graph`); with OpenCL, work groups share all of them."""
-        kind = tuning.between_cores(self.device) if shared else AxisType.WEAK
+        kind = between_cores(self.device) if shared else AxisType.WEAK
         cores = cores_for(size) if kind is AxisType.THREAD else 1
         core, part = self.loop(cores, kind), self.loop(size // cores, AxisType.WEAK)
         self.around += [core, part]
@@ -98,10 +92,10 @@ class Steps:
         self.loops += 1
         loop, turns = UOp.loop(self.loops - 1), self.room(1, dtype=dtypes.int32)
         self.do((), self.now(turns).index(const(0)).store(UOp.const(0, dtypes.int32)))
-        self.turns = self.now(turns, loop)
+        self.turns, self.most = self.now(turns, loop), most
         return loop, number(self.turns.index(const(0)), most)
 
     def until(self, loop: UOp, turn: UOp, count: UOp) -> None:
-        """The steps so far are in that loop, which has `count` turns, one at least."""
+        """The steps so far are in that loop, which has `count` turns: one at least, and `most` at most."""
         self.do((), self.turns.after(*self.done).index(const(0)).store((turn + 1).cast(dtypes.int32)))
-        self.done = (self.done[0].end(loop, turn + 1 < count),)
+        self.done = (self.done[0].end(loop, turn + 1 < count.minimum(self.most)),)

@@ -13,7 +13,6 @@ from functools import cache
 from tinygrad import Device, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.helpers import Context
-from tinygrad.uop.ops import AxisType
 
 
 @dataclass(frozen=True)
@@ -214,12 +213,6 @@ def shares_memory(device: str) -> bool:
     return backend(device) in SHARING
 
 
-def between_cores(device: str) -> AxisType:
-    """The kind of a loop over parts of a kernel that cores may share: on a CPU one that tells tinygrad so, whose parts
-    our own graph gives to cores (`cpu_graph`); elsewhere any outer loop."""
-    return AxisType.THREAD if device.split(":")[0] == "CPU" else AxisType.WEAK
-
-
 def widens_halves(device: str) -> bool:
     """Whether a device makes the right float32 number of every half, subnormal ones included (measured: an H100). Not
     every CPU does (`bits.converts_halves`), nor does PoCL."""
@@ -279,11 +272,6 @@ def depth(device: str) -> int:
 def skips_tiles(device: str) -> bool:
     """Whether a tile that nobody fills is passed over. Elsewhere that is not tried."""
     return backend(device) == "CUDA"
-
-
-def uses_panels(device: str) -> bool:
-    """Whether a prompt's products unpack weights into panels (`panels.py`): on CPUs, with or without OpenCL."""
-    return not shares_memory(device)
 
 
 def tile_rows(device: str, assignments: int, experts: int) -> int:
