@@ -196,9 +196,9 @@ def highlights() -> list[str]:
     return ["\n".join([
         f"- From the first port to the last rung, both replayed, a generated token of the shipped model: "
         f"{factors(whole)}.",
-        f"- Copies alone, prompts of 2,048 tokens: {factors(moved)} (llama.cpp #19375 on an M2 Ultra: "
-        f"{after / before:.2f}×). In the 80B's shapes, where the first port's form also does without the kernels for "
-        f"a prompt's chunks and its attention: {factors(large)}.",
+        f"- Copies alone, prompts of 2,048 tokens, before these had kernels of their own: {factors(moved)} (llama.cpp "
+        f"#19375 on an M2 Ultra: {after / before:.2f}×). In the 80B's shapes, where the first port's form also does "
+        f"without the kernels for a prompt's chunks and its attention: {factors(large)}.",
         f"- What prompts of 512 tokens keep of their speed with multi-token prediction, 80B shapes: "
         f"{', '.join(f'{name} {share:.1%}' for name, share in kept.items())} (llama.cpp on an H100, 1,376 "
         f"tokens: 79–88 %)."])]
@@ -226,8 +226,9 @@ def results_section() -> str:
         "What copies alone cost (the ablation that re-creates #19375: the last rung, copies everywhere or none), as a "
         "gain in speed (~: the middle halves of the samples overlap), with kernels, copies and kB moved a token, as "
         "counted in the newest run. Copies everywhere is the first port's own code: it goes over the whole cache at "
-        "once, and on a GPU it does without the kernels for a prompt's chunks and for its attention, so there the "
-        "gain of a prompt is that of all three:",
+        "once, and does without the kernels for a prompt's delta rule and attention, so on a GPU the gain of a prompt "
+        "is that of all three. (The CPU's and OpenCL's runs are of the engine before it had such kernels there: "
+        "copies alone.)",
         copies_table([result for result in copies if result.model.name == SHIPPED]),
         "The same in the 80B's shapes, all 48 layers, random weights. (A single token runs the same few kernels in "
         "both, which have no copies left to take away: what the model's first decode steps had is in the ladder.)",
