@@ -187,6 +187,7 @@ def highlights() -> list[str]:
     """What the course is about, in a line each."""
     ladders, copies, drafts = (read_results(kind, local=False) for kind in ("ladder", "copies", "mtp"))
     whole = [(result, row_of(result, EXTRA, "tg"), row_of(result, "overlapped", "tg")) for result in ladders]
+    prompts = [(result, row_of(result, EXTRA, "pp"), row_of(result, LADDER[-1].name, "pp")) for result in ladders]
     moved, large = ([(result, row_of(result, "everywhere", "pp2048"), row_of(result, "none", "pp2048"))
                      for result in copies if wanted(result)] for wanted in (
         lambda result: result.device.backend != "CUDA", lambda result: result.model.name == BENCHED))
@@ -195,7 +196,7 @@ def highlights() -> list[str]:
     before, after = PUBLISHED["pp2048"]
     return ["\n".join([
         f"- From the first port to the last rung, both replayed, a generated token of the shipped model: "
-        f"{factors(whole)}.",
+        f"{factors(whole)}; a token of a prompt: {factors(prompts)}.",
         f"- Copies alone, prompts of 2,048 tokens, before these had kernels of their own: {factors(moved)} (llama.cpp "
         f"#19375 on an M2 Ultra: {after / before:.2f}×). In the 80B's shapes, where the first port's form also does "
         f"without the kernels for a prompt's chunks and its attention: {factors(large)}.",
