@@ -157,5 +157,5 @@ def test_for_a_prompt_the_mtp_block_costs_what_its_recipe_runs():
         assert count.to_host(config, Recipe(mtp_prefill=recipe), 512) == 4
         if recipe == "kv":
             assert block.counts.ops <= 0.005 * count.ideal(groups)[1]
-    assert 3 * found["kv"].kernels < found["hidden"].kernels and 10 * found["kv"].ops < found["hidden"].ops
+    assert 2 * found["kv"].kernels < found["hidden"].kernels and 8 * found["kv"].ops < found["hidden"].ops
     assert count.to_host(config, Recipe(mtp_prefill="logits"), 512) == 512 * 151_936 * 4
