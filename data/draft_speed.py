@@ -28,7 +28,7 @@ from minillama.measure import Counts, calls_of, synchronize
 from minillama.model import forward, place_of
 from minillama.recipe import CHOICES, Recipe
 from minillama.results import Model, Result, Row, beside_stored, write_result
-from minillama.shapes import random_weights, shape_config
+from minillama.shapes import model_name, random_weights, shape_config
 from minillama.weights import ModelWeights, load_weights
 
 SHIPPED = Path(__file__).parent / "minillama-coder-Q8_0.gguf"
@@ -120,9 +120,8 @@ def in_order(row: Row) -> tuple:
 def read_model(args: argparse.Namespace) -> tuple[ModelWeights, ModelConfig, Model]:
     if args.shape:
         config = shape_config(args.shape, args.layers, mtp=True)
-        whole = shape_config(args.shape).layers
-        name = args.shape + ("" if config.layers == whole else f" {config.layers} of {whole} layers")
-        return random_weights(config, "Q4_0", True, True), config, Model(name, "Q4_0", config.layers)
+        model = Model(model_name(args.shape, config.layers), "Q4_0", config.layers)
+        return random_weights(config, "Q4_0", True, True), config, model
     file = GGUF(SHIPPED)
     config = ModelConfig.from_gguf(file)
     return load_weights(file, config, True, True), config, Model(config.name, "Q8_0", config.layers)

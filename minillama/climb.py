@@ -24,7 +24,7 @@ from minillama.measure import Clocks, Counts, calls_of, synchronize, time_call
 from minillama.quantize import file_format
 from minillama.recipe import Recipe
 from minillama.results import ClockTimes, Model, Result, Row, read_result, write_result
-from minillama.shapes import check_format, random_weights, shape_config
+from minillama.shapes import check_format, model_name, random_weights, shape_config
 
 TEXT = "def fibonacci(n):\n"         # drafts are made for a real text: of a random one, few are kept
 SHORT, LONG = 8, 64                 # tokens of a prompt: for the recurrence, and for the chunks
@@ -43,13 +43,13 @@ class Subject:
     layers: int | None = None
 
     def model(self) -> Model:
+        """What the result file says. Raises ValueError for an unknown shape or format."""
         if self.file:
             file = GGUF(self.file)
             config = ModelConfig.from_gguf(file)
             return Model(config.name, file_format(file), config.layers)
-        layers, whole = (shape_config(self.shape, count).layers for count in (self.layers, None))
-        name = self.shape if layers == whole else f"{self.shape} {layers} of {whole} layers"
-        return Model(name, check_format(self.format, packed=True), layers)
+        layers = shape_config(self.shape, self.layers).layers
+        return Model(model_name(self.shape, layers), check_format(self.format, packed=True), layers)
 
     def engine(self, recipe: Recipe) -> Engine:
         if self.file:
@@ -180,12 +180,12 @@ def table(result: Result) -> str:
 
 def ladder(args: Namespace) -> None:
     """The command `ladder`."""
-    if args.shape and args.kind != "copies":
+    if args.shape is not None and args.kind != "copies":
         raise ValueError("--shape goes with --copies: the other recipes do not keep weights packed, or draft")
     if (args.layers or args.format) and not args.shape:
         raise ValueError("--layers and --format go with --shape; a file has its own")
-    subject = (Subject(shape=args.shape, format=args.format or "Q4_0", layers=args.layers) if args.shape else
-               Subject(args.model or str(SHIPPED)))
+    subject = (Subject(shape=args.shape, format=args.format or Subject.format, layers=args.layers)
+               if args.shape is not None else Subject(args.model or str(SHIPPED)))
     for result in climb(subject, args.kind, args.repeats, lambda name: print(name, file=sys.stderr, flush=True)):
         path = write_result(result, local=not args.store)
     if args.output:

@@ -111,8 +111,7 @@ def bench_weights(args: Namespace, recipe, trials: list):
         format = args.format or DEFAULT_FORMAT[packed]
         bench.check_room(trials, config, recipe.draft)
         weights = shapes.random_weights(config, format, fused, packed, progress=with_layer_bar)
-        whole = shapes.shape_config(args.shape).layers
-        name = args.shape if config.layers == whole else f"{args.shape} {config.layers} of {whole} layers"
+        name = shapes.model_name(args.shape, config.layers)
         model, parameters = Model(name, format, config.layers), shapes.parameters(config)
     else:
         from minillama.gguf import GGUF

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from minillama import show
 from minillama.ladder import LADDER
 from minillama.report_drafts import drafts_section
-from minillama.results import Result, Row, read_results
+from minillama.results import SHIPPED, Result, Row, read_results
 from minillama.tables import device_of, markdown, speed
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +27,7 @@ PUBLISHED = {"pp1": (37.92, 51.99), "pp8": (137.75, 176.36), "pp512": (930.70, 1
 # Q6_K head, 48 layers: from two such machines, made for this project with llama-bench.
 LLAMA_CPP = {"pp512": "4,140–4,390", "pp2048": "4,680", "tg32": "168", "tg128": "190–201", "pp512 @ d16384": "4,010",
              "pp2048 @ d16384": "4,210", "tg128 @ d16384": "186"}
-BENCHED, SHIPPED = "qwen3-next-80b-a3b", "minillama-coder"
+BENCHED = "qwen3-next-80b-a3b"
 
 
 def per_token(row: Row) -> float:
@@ -188,15 +188,15 @@ def highlights() -> list[str]:
     ladders, copies, drafts = (read_results(kind, local=False) for kind in ("ladder", "copies", "mtp"))
     whole = [(result, row_of(result, EXTRA, "tg"), row_of(result, "overlapped", "tg")) for result in ladders]
     prompts = [(result, row_of(result, EXTRA, "pp"), row_of(result, LADDER[-1].name, "pp")) for result in ladders]
-    moved, large = ([(result, row_of(result, "everywhere", "pp2048"), row_of(result, "none", "pp2048"))
-                     for result in copies if wanted(result)] for wanted in (
-        lambda result: result.device.backend != "CUDA", lambda result: result.model.name == BENCHED))
+    pairs = [(result, row_of(result, "everywhere", "pp2048"), row_of(result, "none", "pp2048")) for result in copies]
+    moved = [pair for pair in pairs if pair[0].model.name == SHIPPED and pair[0].device.backend != "CUDA"]
+    large = [pair for pair in pairs if pair[0].model.name == BENCHED]
     kept = {chip(result): speed(rows["pp512 kv"]) / speed(rows["pp512 without"]) for result in drafts
             for rows in [{row.name: row for row in result.rows}] if result.model.name == BENCHED}
     before, after = PUBLISHED["pp2048"]
     return ["\n".join([
         f"- From the first port to the last rung, both replayed, a generated token of the shipped model: "
-        f"{factors(whole)}; a token of a prompt: {factors(prompts)}.",
+        f"{factors(whole)}; a token of a prompt, of 8 tokens then and 64 now: {factors(prompts)}.",
         f"- Copies alone, prompts of 2,048 tokens, before these had kernels of their own: {factors(moved)} (llama.cpp "
         f"#19375 on an M2 Ultra: {after / before:.2f}×). In the 80B's shapes, where the first port's form also does "
         f"without the kernels for a prompt's chunks and its attention: {factors(large)}.",

@@ -24,6 +24,7 @@ from minillama.measure import Counts
 
 SCHEMA = 1
 RESULTS = Path(__file__).parent.parent / "data" / "results"
+SHIPPED = "minillama-coder"         # the name of the shipped model
 BY_FORMAT = ("bench", "copies")     # kinds that are measured for several formats of a model, each in a file of its own
 PACKAGES = ("minillama", "tinygrad", "numpy")
 

@@ -54,6 +54,12 @@ def shape_config(name: str, layers: int | None = None, mtp: bool = False) -> Mod
     return ModelConfig(name=name, mtp_blocks=int(mtp), recurrent=recurrent, **numbers)
 
 
+def model_name(shape: str, layers: int) -> str:
+    """What results call a model of that shape with so many layers."""
+    whole = SHAPES[shape]["layers"]
+    return shape if layers == whole else f"{shape} {layers} of {whole} layers"
+
+
 def check_format(name: str, packed: bool, mixes: tuple[str, ...] = MIXES) -> str:
     """The format's name. Raises ValueError, in one line, for one in which no such random weights can be made."""
     known = (*LAYOUTS, *mixes) if packed else FLOATS

@@ -20,6 +20,7 @@ def on_cpu(device: str) -> bool:
 
 @cache
 def runs_opencl_on_cpu(device: str) -> bool:
+    """Whether OpenCL says that its device is a CPU (as PoCL's is)."""
     from tinygrad.runtime.autogen import opencl as cl  # not there without a library for it
     kind = c_ulong()
     with Context(ALLOW_DEVICE_USAGE=1):                 # also where a graph is being made, and nothing runs

@@ -120,8 +120,11 @@ class CPUGraph(GraphRunner):
 
     @staticmethod
     def supports_uop(batch_devs: list, new_call: UOp) -> bool:
-        """One device, whose kernels clang compiles for a Unix."""
-        return (GraphRunner.supports_uop(batch_devs, new_call)
+        """One device, whose kernels clang compiles for a Unix, and no more arguments than a call has."""
+        if not GraphRunner.supports_uop(batch_devs, new_call):
+            return False
+        info = new_call.src[0].arg
+        return (len(info.globals) + len(info.vars) <= MAX_ARGS
                 and isinstance(batch_devs[0].renderer, ClangRenderer) and os.name == "posix")
 
 

@@ -5,6 +5,7 @@ from tinygrad.uop.ops import AxisType, KernelInfo, UOp
 
 from minillama.kernels import tuning
 from minillama.kernels.block import mean_of_threads
+from minillama.kernels.cores import on_cpu
 from minillama.kernels.product import Column, result
 from minillama.kernels.steps import Steps
 from minillama.kernels.sums import added, counter
@@ -46,7 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         value = x.index(token, place).load() * (square * (1 / dim) + eps).rsqrt() * weight.index(place).load()
         steps.do((place,), out.index(token, place).store(value))
         return steps.kernel(f"rms_norm_{tokens}_{dim}")
-    kernel = by_steps if not tuning.shares_memory(device) else by_number if dim % THREADS else by_block
+    by_threads = by_block if tuning.shares_memory(device) and dim % THREADS == 0 else by_number
+    kernel = by_steps if on_cpu(device) else by_threads
     return result(tokens, dim, like=x).custom_kernel(x, weight, fxn=kernel)[0]
 
 
@@ -57,7 +59,7 @@ def gated_twin(x: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, weight: Tensor, eps: float, gate: Column) -> Tensor:
-    """As the twin, by loops: for devices whose threads share no memory."""
+    """As the twin, in steps: for CPUs. The gate lies in the columns of a buffer (tokens, ...) from a place on."""
     (tokens, heads, dim), (source, first), device = x.shape, gate, x.device
 
     def kernel(out: UOp, x: UOp, weight: UOp, gate: UOp) -> UOp:

@@ -17,8 +17,9 @@ from minillama.program_cache import at_most
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of `size` places, each with assignments of one expert: `rows` (places,) int32, the assignment in each
-    place, below 0 for none; `firsts`, `ends` (experts,) int32, an expert's first block and the one behind its last."""
+    """Blocks of `size` places (as many as a block of `Panels` has tokens), each with assignments of one expert: `rows`
+    (places,) int32, the assignment in each place, below 0 for none; `firsts`, `ends` (experts,) int32, an expert's
+    first block and the one behind its last."""
     size: int
     rows: Tensor
     firsts: Tensor

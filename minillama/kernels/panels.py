@@ -101,9 +101,9 @@ class Panels:
         return start if size % each == 0 else start.minimum(size - each)
 
     def turns(self, many: UOp, most: int) -> tuple[UOp, Callable[[UOp], UOp]]:
-        """A loop that turns as often as the kernel finds out: once at least, `most` times at most. Its
-        turn, and what ends it after some stores. (A range will not do: where its size depends on the place of a loop
-        around it, tinygrad 0.14 would end both where the one ends.)"""
+        """A loop that turns as often as the kernel finds out: once at least, `most` times at most. Its turn, and what
+        ends it after some stores. (A range will not do: where its size depends on the place of a loop around it,
+        tinygrad 0.14 would end both where the one ends.)"""
         loop, place = UOp.loop(next(self.numbers)), self.array(1, dtype=dtypes.int32)
         place = place.after(place.after(*self.around).index(const(0)).store(0), loop)
         turn, outside = number(place.index(const(0)), most), self.around
@@ -111,7 +111,7 @@ class Panels:
 
         def end(stores: UOp) -> UOp:
             self.around, following = outside, (turn + 1).cast(dtypes.int32)
-            return place.after(stores).index(const(0)).store(following).end(loop, following < many)
+            return place.after(stores).index(const(0)).store(following).end(loop, following < many.minimum(most))
         return turn, end
 
     def panel(self, layout: Layout, arrays: tuple[UOp, ...], first: UOp, columns: int) -> UOp:

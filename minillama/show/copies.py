@@ -14,7 +14,7 @@ from tinygrad.uop.ops import UOp
 
 from minillama.kernels import rendering
 from minillama.measure import Counts, calls_of
-from minillama.results import Result
+from minillama.results import SHIPPED, Result
 from minillama.show import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, canvas
 from minillama.show.sources import tidy
 from minillama.units import in_units
@@ -25,7 +25,6 @@ PUBLISHED = {
                  "pp2048": (1049.91, 1352.31), "tg32": (38.02, 50.39)},
     "DGX Spark": {"pp512": (1055.58, 1161.67), "pp2048": (1059.00, 1324.66), "tg32": (43.11, 59.58)}}
 # colour and marker
-SHIPPED = "minillama-coder"
 MACHINES = ((BLACK, "*"), (PURPLE, "P"), (BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (SKY, "v"), (RED, "D"),
             (BLACK, "X"))
 
